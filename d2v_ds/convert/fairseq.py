@@ -1,0 +1,177 @@
+"""fairseq's names and settings of data2vec 2.0 (`data2vec_multi`), translated to ours."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+from d2v_ds.modalities import config_class
+from d2v_ds.model.decoder import DecoderConfig
+from d2v_ds.model.encoder import Alibi, ModalityConfig
+from d2v_ds.model.layers import Body
+from d2v_ds.model.loss import Loss
+from d2v_ds.model.masking import Mask
+from d2v_ds.model.targets import Target
+
+# (pattern, replacement); the first that matches wins. {m} stands for the modality in lower case.
+RULES = [
+    (r"blocks\.(.*)", r"blocks.\1"),
+    (r"modality_encoders\.(?P<m>\w+)\.context_encoder\.(.*)", r"encoders.{m}.context.\2"),
+    (r"modality_encoders\.(?P<m>\w+)\.(extra_tokens|alibi_scale)", r"encoders.{m}.context.\2"),
+    (r"modality_encoders\.(?P<m>\w+)\.decoder\.blocks\.(\d+)\.0\.(.*)", r"decoders.{m}.blocks.\2.conv.\3"),
+    (r"modality_encoders\.(?P<m>\w+)\.decoder\.proj\.(.*)", r"decoders.{m}.proj.\2"),
+    (r"modality_encoders\.(?P<m>IMAGE)\.local_encoder\.proj\.(.*)", r"encoders.{m}.local.proj.\2"),
+    (r"modality_encoders\.(?P<m>AUDIO)\.local_encoder\.conv_layers\.(\d+)\.0\.(.*)", r"encoders.{m}.local.convs.\2.\3"),
+    (r"modality_encoders\.(?P<m>AUDIO)\.local_encoder\.conv_layers\.(\d+)\.2\.1\.(.*)",
+     r"encoders.{m}.local.norms.\2.\3"),
+    (r"modality_encoders\.(?P<m>AUDIO)\.project_features\.1\.(.*)", r"encoders.{m}.local.norm.\2"),
+    (r"modality_encoders\.(?P<m>AUDIO)\.project_features\.2\.(.*)", r"encoders.{m}.local.proj.\2"),
+    (r"modality_encoders\.(?P<m>AUDIO)\.relative_positional_encoder\.0\.(weight|bias)",
+     r"encoders.{m}.context.conv_positions.pre_norm.\2"),
+    (r"modality_encoders\.(?P<m>AUDIO)\.relative_positional_encoder\.(?:1\.)?(?P<n>\d+)\.0\.(.*)",
+     r"encoders.{m}.context.conv_positions.convs.{n}.conv.\3"),
+    (r"modality_encoders\.(?P<m>TEXT)\.local_encoder\.embed_tokens\.(.*)", r"encoders.{m}.local.tokens.\2"),
+    (r"modality_encoders\.(?P<m>TEXT)\.local_encoder\.embed_positions\.(.*)", r"encoders.{m}.local.positions.\2"),
+    (r"modality_encoders\.(?P<m>TEXT)\.local_encoder\.layernorm_embedding\.(.*)", r"encoders.{m}.local.norm.\2"),
+]
+RECOMPUTED = re.compile(r"(_ema\.)?modality_encoders\.\w+\.fixed_positional_encoder\.positions")
+
+
+def our_name(name: str) -> str | None:
+    """Our name of a fairseq tensor, teacher (`_ema.`) included; None for what is recomputed.
+
+    Raises ValueError for a name that belongs to no part of a data2vec 2.0 model.
+    """
+    if RECOMPUTED.fullmatch(name):
+        return None
+    if name.startswith("_ema."):
+        rest = name.removeprefix("_ema.")
+        return f"teacher.{our_name(f'blocks.{rest}' if rest[0].isdigit() else rest)}"
+    for pattern, replacement in RULES:
+        match = re.fullmatch(pattern, name)
+        if match:
+            groups = match.groupdict()
+            return match.expand(replacement).format(m=groups.get("m", "").lower(), n=int(groups.get("n") or 1) - 1)
+    raise ValueError(f"'{name}' is no tensor of a data2vec 2.0 model; is the file of another model or version?")
+
+
+def our_tensor(name: str, tensor: Tensor) -> Tensor:
+    """The tensor in our shape: ALiBi scales are (layers, heads) instead of (layers, 1, heads, 1, 1)."""
+    return tensor.reshape(-1, tensor.shape[-3]) if name.endswith("alibi_scale") else tensor
+
+
+def our_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A fairseq state dict (teacher flat under `_ema.`) under our names."""
+    return {our: our_tensor(name, tensor) for name, tensor in state.items() if (our := our_name(name)) is not None}
+
+
+def our_config(cfg: dict[str, Any]) -> tuple[Body, dict[str, ModalityConfig]]:
+    """Our configuration of the `model` section of a fairseq data2vec_multi config.
+
+    Raises ValueError for settings that no released model uses and that we do not have.
+    """
+    refuse_unknown(cfg)
+    body = Body(dim=cfg["embed_dim"], depth=cfg["depth"], heads=cfg["num_heads"], mlp_ratio=cfg["mlp_ratio"],
+                norm_eps=cfg["norm_eps"], encoder_dropout=cfg["encoder_dropout"],
+                attention_dropout=cfg["attention_dropout"], activation_dropout=cfg["activation_dropout"],
+                post_mlp_dropout=cfg["post_mlp_drop"], input_dropout=cfg["dropout_input"],
+                layerdrop=cfg["layerdrop"], drop_path=(cfg["start_drop_path_rate"], cfg["end_drop_path_rate"]))
+    configs = {name: modality_config(name, cfg, modality)
+               for name, modality in cfg["modalities"].items() if modality}
+    return body, configs
+
+
+def refuse_unknown(cfg: dict[str, Any]) -> None:
+    rules = {"layer_norm_first": "its pre-norm block loses the residual, so its weights are of no use elsewhere",
+             "shared_decoder": "no released model shares a decoder",
+             "recon_loss": "no released model reconstructs pixels"}
+    for key, why in rules.items():
+        if cfg.get(key):
+            raise ValueError(f"fairseq setting {key}={cfg[key]} is not supported: {why}")
+
+
+def modality_config(name: str, cfg: dict[str, Any], modality: dict[str, Any]) -> ModalityConfig:
+    decoder = modality["decoder"]
+    common = {
+        "clones": cfg["clone_batch"],
+        "mask": mask_config(modality),
+        "target": target_config(cfg),
+        "loss": Loss(beta=cfg["loss_beta"], scale=cfg["loss_scale"], cls_weight=cfg["cls_loss"]),
+        "decoder": DecoderConfig(dim=decoder["decoder_dim"], kernel=decoder["decoder_kernel"],
+                                 layers=decoder["decoder_layers"], groups=decoder["decoder_groups"],
+                                 residual=decoder["decoder_residual"], input_dropout=decoder["input_dropout"],
+                                 projection_layers=decoder["projection_layers"],
+                                 projection_ratio=decoder["projection_ratio"]),
+        "teacher": ("blocks" if cfg["ema_encoder_only"] else "full" if modality["ema_local_encoder"] else "context"),
+        "prenet_depth": modality["prenet_depth"],
+        "prenet_dropout": modality["prenet_dropout"],
+        "prenet_layerdrop": modality["prenet_layerdrop"],
+        "prenet_drop_path": (modality["start_drop_path_rate"], modality["end_drop_path_rate"]),
+        "extra_tokens": modality["num_extra_tokens"],
+        "extra_tokens_init": extra_init(modality),
+        "alibi": alibi_config(modality),
+    }
+    return config_class(name)(**common, **OWN[name](modality))
+
+
+def extra_init(modality: dict[str, Any]) -> str:
+    if not modality["init_extra_token_zero"]:
+        return "normal"
+    return "first_zero" if modality["num_extra_tokens"] > 1 else "zero"
+
+
+def mask_config(modality: dict[str, Any]) -> Mask:
+    kind = "inverse_block" if modality["inverse_mask"] else "block" if modality["mask_length"] > 1 else "random"
+    return Mask(kind=kind, ratio=modality["mask_prob"], adjust=modality["mask_prob_adjust"],
+                length=modality["mask_length"], noise_std=modality["mask_noise_std"])
+
+
+def target_config(cfg: dict[str, Any]) -> Target:
+    per_layer = [norm for norm in ("batch", "instance", "layer") if cfg.get(f"{norm}_norm_target_layer")]
+    if len(per_layer) > 1:
+        raise ValueError(f"several norms of one target layer, {per_layer}, are not supported: no released model has them")
+    return Target(top_k=cfg["average_top_k_layers"], per_layer=per_layer[0] if per_layer else "none",
+                  final=tuple(norm for norm in ("layer", "instance") if cfg.get(f"{norm}_norm_targets")),
+                  source="block" if cfg["end_of_block_targets"] else "ffn")
+
+
+def alibi_config(modality: dict[str, Any]) -> Alibi | None:
+    if not modality["use_alibi_encoder"]:
+        return None
+    if modality["type"] == "IMAGE" or modality["learned_alibi"]:
+        raise ValueError("ALiBi over a grid (images) or a learned bias matrix is not supported: no released model has it")
+    return Alibi(scale=modality["alibi_scale"], learned=modality["learned_alibi_scale"],
+                 per_head=modality["learned_alibi_scale_per_head"],
+                 per_layer=modality["learned_alibi_scale_per_layer"])
+
+
+def image_keys(modality: dict[str, Any]) -> dict[str, Any]:
+    return {"size": modality["input_size"], "patch": modality["patch_size"], "channels": modality["in_chans"]}
+
+
+def audio_keys(modality: dict[str, Any]) -> dict[str, Any]:
+    return {"conv_layers": parse_conv_layers(modality["feature_encoder_spec"]),
+            "position_width": modality["conv_pos_width"], "position_depth": modality["conv_pos_depth"],
+            "position_groups": modality["conv_pos_groups"], "position_pre_norm": modality["conv_pos_pre_ln"]}
+
+
+def parse_conv_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
+    """Reads '[(512, 10, 5)] + [(512, 3, 2)] * 4 + ...' without evaluating it."""
+    layers: list[tuple[int, int, int]] = []
+    for group, repeats in re.findall(r"\[(.*?)\]\s*(?:\*\s*(\d+))?", spec):
+        numbers = [int(n) for n in re.findall(r"\d+", group)]
+        if not numbers or len(numbers) % 3:
+            raise ValueError(f"feature_encoder_spec '{spec}' is no list of (channels, kernel, stride)")
+        layers += [tuple(numbers[i : i + 3]) for i in range(0, len(numbers), 3)] * int(repeats or 1)
+    return tuple(layers)
+
+
+def text_keys(modality: dict[str, Any]) -> dict[str, Any]:
+    keys = {"max_tokens": modality["max_source_positions"], "embed_dropout": modality["dropout"],
+            "embed_norm": modality["layernorm_embedding"]}
+    return keys | ({"vocabulary": modality["vocabulary"]} if "vocabulary" in modality else {})
+
+
+OWN = {"image": image_keys, "audio": audio_keys, "text": text_keys}

@@ -1,0 +1,93 @@
+"""Speech: a stack of strided convolutions over the waveform, convolutional positions after masking, ALiBi.
+
+B samples, S waveform samples, T frames of 20 ms, D dim.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_ds.model.decoder import Decoder
+from d2v_ds.model.encoder import Context, ModalityConfig, ModalityEncoder
+from d2v_ds.model.layers import Body, ConvBlock, LayerNormFp32
+from d2v_ds.modalities.audio.samples import AudioData
+
+CONV_LAYERS = ((512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2)
+
+
+class AudioConfig(ModalityConfig):
+    kind: Literal["audio"] = "audio"
+    conv_layers: tuple[tuple[int, int, int], ...] = CONV_LAYERS
+    """(channels, kernel, stride) of the feature extractor."""
+    position_width: int = 95
+    """Receptive field of the positional convolutions together; each has a kernel of max(3, width // depth)."""
+    position_depth: int = 5
+    position_groups: int = 16
+    position_pre_norm: bool = False
+    data: AudioData = AudioData()
+
+
+class WaveformEncoder(nn.Module):
+    """Waveform -> frames: convolution, fp32 layer norm over channels, GELU; then norm and projection to D."""
+
+    def __init__(self, config: AudioConfig, dim: int):
+        super().__init__()
+        channels = [1] + [c for c, _, _ in config.conv_layers]
+        self.convs = nn.ModuleList(nn.Conv1d(channels[i], c, kernel, stride, bias=False)
+                                   for i, (c, kernel, stride) in enumerate(config.conv_layers))
+        self.norms = nn.ModuleList(LayerNormFp32(c) for c, _, _ in config.conv_layers)
+        self.norm = nn.LayerNorm(channels[-1])
+        self.proj = nn.Linear(channels[-1], dim)
+
+    def forward(self, source: Tensor) -> Tensor:
+        """(B, S) -> (B, T, D)."""
+        x = source[:, None]
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.gelu(norm(conv(x).transpose(1, 2)).transpose(1, 2))
+        return self.proj(self.norm(x.transpose(1, 2)))
+
+
+class ConvPositions(nn.Module):
+    """A series of grouped convolutions whose output stands for positions; (N, T, D) -> (N, T, D).
+
+    Padded frames are zeroed before every convolution, so a padded batch gives what each sample alone gives.
+    """
+
+    def __init__(self, config: AudioConfig, dim: int):
+        super().__init__()
+        kernel = max(3, config.position_width // config.position_depth)
+        self.pre_norm = nn.LayerNorm(dim) if config.position_pre_norm else None
+        self.convs = nn.ModuleList(ConvBlock(1, dim, dim, kernel, config.position_groups)
+                                   for _ in range(config.position_depth))
+
+    def forward(self, x_NTD: Tensor, padding_NT: Tensor | None) -> Tensor:
+        x = x_NTD if self.pre_norm is None else self.pre_norm(x_NTD)
+        x = x.transpose(1, 2)
+        for conv in self.convs:
+            x = x if padding_NT is None else x.masked_fill(padding_NT[:, None], 0)
+            x = conv(x)
+        return x.transpose(1, 2)
+
+
+def build_encoder(config: AudioConfig, body: Body, fairseq_compat: bool) -> ModalityEncoder:
+    context = Context(config, body, ConvPositions(config, body.dim), fairseq_compat=fairseq_compat)
+    return ModalityEncoder(WaveformEncoder(config, body.dim), context)
+
+
+def init_encoder(encoder: ModalityEncoder) -> None:
+    for conv in encoder.local.convs:
+        nn.init.kaiming_normal_(conv.weight)
+    encoder.local.proj.reset_parameters()
+
+
+def build_decoder(config: AudioConfig, dim: int) -> Decoder:
+    return Decoder(config.decoder, dim, dims=1)
+
+
+def init_decoder(decoder: Decoder) -> None:
+    for layer in decoder.modules():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()

@@ -1,0 +1,100 @@
+"""Sound files in shards -> normalised 16 kHz mono crops of one length, with their masks."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2v_ds.data import Corpus, Draw
+from d2v_ds.model.batch import Batch, make_views
+from d2v_ds.modalities.source import StreamConfig, draw_masks, generator
+
+RATE = 16_000
+
+
+class AudioData(StreamConfig):
+    fields: str = "flac;wav;ogg;opus;mp3"
+    """Extensions that hold the sound, best first."""
+    max_seconds: float = 20.0
+    """Longer sounds are cropped at random; then all of a micro-batch are cropped to its shortest."""
+    min_seconds: float = 2.0
+    """Shorter sounds are left out."""
+
+
+class AudioSamples:
+    """Reads, resamples, normalises a whole utterance, crops."""
+
+    measure_name = "audio_samples"
+
+    def __init__(self, config: Any, folder: Path):
+        self.config = config
+        self.fields = {"audio": config.data.fields}
+        self.min_length = int(config.data.min_seconds * RATE)
+
+    @staticmethod
+    def measure(fields: dict[str, bytes]) -> int:
+        """Samples at 16 kHz, from the file's header."""
+        try:
+            info = soundfile.info(io.BytesIO(fields["audio"]))
+        except soundfile.LibsndfileError as error:
+            raise ValueError(f"undecodable sound: {error}") from error
+        return info.frames * RATE // info.samplerate
+
+    def attach(self, corpus: Corpus) -> None:
+        self.size = len(corpus)
+
+    def read(self, corpus: Corpus, unit: int) -> Tensor:
+        waveform = normalise(decode_sound(corpus.read(unit)["audio"]))
+        if len(waveform) < self.min_length:
+            raise ValueError(f"sound of {len(waveform)} samples is shorter than {self.min_length} "
+                             "although its header says more")
+        return waveform
+
+    def collate(self, waveforms: list[Tensor], draws: list[Draw]) -> Batch:
+        length = min(int(self.config.data.max_seconds * RATE), *(len(w) for w in waveforms))
+        crops = [crop(w, length, generator(d, "crop")) for w, d in zip(waveforms, draws, strict=True)]
+        frames = num_frames(length, self.config.conv_layers)
+        masks = draw_masks(draws, [frames] * len(draws), self.config)
+        return Batch("audio", torch.stack(crops), **make_views(torch.from_numpy(np.concatenate(masks))))
+
+    def prepare(self, waveform: Tensor) -> Tensor:
+        """One waveform at 16 kHz as a trained model sees it; (S,)."""
+        return normalise(torch.as_tensor(waveform, dtype=torch.float32))
+
+
+def num_frames(samples: int, conv_layers: tuple[tuple[int, int, int], ...]) -> int:
+    """Frames that a waveform of this many samples gives: 400 -> 1, 16000 -> 49, 320000 -> 999."""
+    for _, kernel, stride in conv_layers:
+        samples = (samples - kernel) // stride + 1
+    return max(samples, 0)
+
+
+def decode_sound(data: bytes) -> Tensor:
+    """Mono waveform at 16 kHz; ValueError if the bytes are no sound."""
+    try:
+        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"undecodable sound: {error}") from error
+    waveform = torch.from_numpy(samples.mean(axis=1))
+    if rate != RATE:
+        from torchaudio.functional import resample  # slow to import, and most corpora are at 16 kHz
+
+        waveform = resample(waveform, rate, RATE)
+    return waveform
+
+
+def normalise(waveform: Tensor) -> Tensor:
+    """Zero mean and unit variance over the whole utterance, before any crop."""
+    return F.layer_norm(waveform, waveform.shape)
+
+
+def crop(waveform: Tensor, length: int, rng: np.random.Generator) -> Tensor:
+    start = int(rng.integers(0, len(waveform) - length + 1))
+    return waveform[start : start + length]

@@ -1,0 +1,99 @@
+"""Image files in shards -> normalised crops with their masks."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from d2v_ds.data import Corpus, Draw
+from d2v_ds.model.batch import Batch, make_views
+from d2v_ds.modalities.source import StreamConfig, draw_masks, generator
+
+MAX_PIXELS = 100_000_000  # a bomb is refused by its header, before it is decoded
+
+
+class ImageData(StreamConfig):
+    fields: str = "jpg;jpeg;png;webp"
+    """Extensions that hold the image, best first."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Share of the picture's area that a crop covers; (1, 1) takes all of it."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+class ImageSamples:
+    """Reads, crops, flips, normalises; all M views and the teacher share one crop."""
+
+    measure = None
+    measure_name = ""
+    min_length = 0
+
+    def __init__(self, config: Any, folder: Path):
+        self.config = config
+        self.fields = {"image": config.data.fields}
+
+    def attach(self, corpus: Corpus) -> None:
+        self.size = len(corpus)
+
+    def read(self, corpus: Corpus, unit: int) -> Image.Image:
+        return decode_image(corpus.read(unit)["image"])
+
+    def collate(self, images: list[Image.Image], draws: list[Draw]) -> Batch:
+        pixels = [self.normalise(self.augment(image, generator(draw, "crop")))
+                  for image, draw in zip(images, draws, strict=True)]
+        tokens = (self.config.size // self.config.patch) ** 2
+        masks = draw_masks(draws, [tokens] * len(draws), self.config)
+        return Batch("image", torch.stack(pixels), **make_views(torch.from_numpy(np.concatenate(masks))))
+
+    def augment(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        data, size = self.config.data, self.config.size
+        box = crop_box(image.size, data.crop_scale, data.crop_ratio, rng)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < data.flip else image
+
+    def normalise(self, image: Image.Image) -> torch.Tensor:
+        """PIL RGB -> (3, H, W), zero mean and unit variance by the data's statistics."""
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        mean, std = torch.tensor(self.config.data.mean), torch.tensor(self.config.data.std)
+        return (pixels - mean[:, None, None]) / std[:, None, None]
+
+    def prepare(self, image: Image.Image) -> torch.Tensor:
+        """One image as a trained model sees it: resized whole, normalised; (3, H, W)."""
+        size = self.config.size
+        return self.normalise(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """RGB; ValueError if the bytes are no image, or one above MAX_PIXELS."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"image of {image.width}x{image.height} pixels is above the limit of {MAX_PIXELS}")
+        return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"undecodable image: {error}") from error
+
+
+def crop_box(size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float],
+             rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A random box (left, upper, right, lower) by area and aspect, as RandomResizedCrop draws it."""
+    width, height = size
+    if scale[0] >= 1:
+        return (0, 0, width, height)
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, upper = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            return (left, upper, left + w, upper + h)
+    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))  # centre, nearest aspect
+    return ((width - w) // 2, (height - h) // 2, (width - w) // 2 + w, (height - h) // 2 + h)

@@ -1,0 +1,52 @@
+"""What every modality's samples share: which shards, how many samples a step, and seeded masks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2v_ds.config import Config
+from d2v_ds.data import Corpus, Draw, Source, expand_shards
+from d2v_ds.model.masking import draw_mask
+from d2v_ds.modalities import config_class, samples_class
+
+
+class StreamConfig(Config):
+    """Which shards feed a modality, and how many samples make a step; all numbers are global, over all ranks."""
+
+    shards: str = "*.tar"
+    """File pattern inside the data folder; a `data=` that is a pattern itself replaces it."""
+    batch: int = 16
+    """Samples in a micro-batch: what one forward pass sees."""
+    micro_batches: int = 16
+    """Micro-batches in a step, over all ranks: ranks must divide it."""
+
+
+def shard_pattern(data: str, shards: str) -> str | list[str]:
+    """`data` may be a folder (then `shards` names files in it) or a shard pattern of its own."""
+    parts = data.split("::")
+    if any(part.endswith(".tar") or set(part) & set("*{?") for part in parts):
+        return data
+    return [str(Path(part) / name) for part in parts for name in shards.split("::")]
+
+
+def open_source(name: str, config: Any, data: str, seed: int) -> Source:
+    """The samples of one modality, with their index; builds what is missing of it."""
+    samples = samples_class(name)(config, Path(data.split("::")[0]))
+    paths = expand_shards(shard_pattern(data, config.data.shards))
+    corpus = Corpus.open(paths, samples.fields, samples.measure, samples.measure_name, samples.min_length)
+    samples.attach(corpus)
+    return Source(name, corpus, samples, config.data.batch, config.data.micro_batches)
+
+
+def generator(draw: Draw, purpose: str) -> np.random.Generator:
+    """Random numbers for one purpose of one draw: crops and masks do not disturb each other."""
+    return np.random.Generator(np.random.Philox(key=[draw.seed, sum(purpose.encode())]))
+
+
+def draw_masks(draws: list[Draw], lengths: list[int], config: Any) -> list[np.ndarray]:
+    """The M masks of every sample, (M, T_i), each from its own draw."""
+    return [draw_mask(generator(draw, "mask"), config.clones, tokens, config.mask)
+            for draw, tokens in zip(draws, lengths, strict=True)]

@@ -1,0 +1,60 @@
+"""Text: token and learned position embeddings with a layer norm. The teacher reads these same embeddings.
+
+B samples, T tokens, D dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from d2v_ds.model.decoder import Decoder
+from d2v_ds.model.encoder import Context, ModalityConfig, ModalityEncoder
+from d2v_ds.model.layers import Body
+from d2v_ds.modalities.text.samples import PAD, TextData
+
+
+class TextConfig(ModalityConfig):
+    kind: Literal["text"] = "text"
+    vocabulary: int = 50265
+    """Ids 0..3 are <s>, <pad>, </s>, <unk>."""
+    max_tokens: int = 512
+    """Longest sequence, with <s>."""
+    embed_dropout: float = 0.1
+    embed_norm: bool = True
+    data: TextData = TextData()
+
+
+class TokenEmbed(nn.Module):
+    """Token + position embedding, layer norm, dropout. Positions count non-pad tokens, from PAD + 1."""
+
+    def __init__(self, config: TextConfig, dim: int, norm_eps: float = 1e-5):
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocabulary, dim, padding_idx=PAD)
+        self.positions = nn.Embedding(config.max_tokens + PAD + 1, dim, padding_idx=PAD)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps) if config.embed_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.embed_dropout)
+
+    def forward(self, source: Tensor) -> Tensor:
+        """(B, T) ids -> (B, T, D)."""
+        is_token = source != PAD
+        positions = is_token.long().cumsum(dim=1) * is_token + PAD
+        return self.dropout(self.norm(self.tokens(source) + self.positions(positions)))
+
+
+def build_encoder(config: TextConfig, body: Body, fairseq_compat: bool) -> ModalityEncoder:
+    context = Context(config, body, has_norm=False, fairseq_compat=fairseq_compat)
+    return ModalityEncoder(TokenEmbed(config, body.dim), context)
+
+
+def init_encoder(encoder: ModalityEncoder) -> None:
+    """The BERT initialisation of the whole model is text's own."""
+
+
+def build_decoder(config: TextConfig, dim: int) -> Decoder:
+    return Decoder(config.decoder, dim, dims=1)
+
+
+def init_decoder(decoder: Decoder) -> None:
+    """As `init_encoder`: projections keep N(0, 0.02)."""

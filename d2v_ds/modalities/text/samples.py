@@ -1,0 +1,107 @@
+"""Documents in shards -> blocks of tokens, or one padded sample each, with their masks."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import sentencepiece
+import torch
+
+from d2v_ds.data import Corpus, Draw, TextBlocks
+from d2v_ds.model.batch import Batch, make_views
+from d2v_ds.model.masking import pad_masks
+from d2v_ds.modalities.source import StreamConfig, draw_masks
+
+BOS, PAD, EOS, UNK = range(4)
+
+
+class TextData(StreamConfig):
+    fields: str = "txt;json.text"
+    """Extensions that hold the text, best first; `json.text` is the key `text` of a json member."""
+    mode: Literal["blocks", "samples"] = "blocks"
+    """blocks: consecutive tokens of a shard, across documents; samples: one padded sequence a sample."""
+    tokenizer: str = "sentencepiece.model"
+    """Path of the sentencepiece model, as it is or inside the data folder."""
+
+
+class TextSamples:
+    """A block is max_tokens - 1 consecutive tokens of one shard in stored order, after `<s>`; every document
+    ends in `</s>`. A shard's last, incomplete block is left out."""
+
+    min_length = 1
+
+    def __init__(self, config: Any, folder: Path):
+        self.config = config
+        self.fields = {"text": config.data.fields}
+        self.path = find_tokenizer(config.data.tokenizer, folder)
+        model = self.path.read_bytes()
+        self.measure_name = f"tokens-{hashlib.sha256(model).hexdigest()[:12]}"
+        self.tokenizer = load_tokenizer(model, config.vocabulary, self.path)
+
+    def measure(self, fields: dict[str, bytes]) -> int:
+        """Tokens of a document, with its end token."""
+        return len(self.encode(fields["text"]))
+
+    def encode(self, text: bytes | str) -> list[int]:
+        """Ids of one document, closed by </s>; ValueError if the bytes are no UTF-8 or hold no text."""
+        text = text.decode() if isinstance(text, bytes) else text  # UnicodeDecodeError is a ValueError
+        ids = self.tokenizer.encode(text)
+        if not ids:
+            raise ValueError("document without any text")
+        return [*ids, EOS]
+
+    def attach(self, corpus: Corpus) -> None:
+        if self.config.data.mode == "samples":
+            self.size = len(corpus)
+            return
+        self.blocks = TextBlocks(corpus, self.config.max_tokens - 1)
+        self.size = len(self.blocks)
+
+    def read(self, corpus: Corpus, unit: int) -> np.ndarray:
+        """Token ids with <s>; (max_tokens,) for a block, any length up to it for a sample."""
+        limit = self.config.max_tokens - 1
+        if self.config.data.mode == "samples":
+            ids = self.encode(corpus.read(unit)["text"])[:limit]
+        else:
+            first, offset, last = self.blocks.locate(unit)
+            stream = [i for doc in range(first, last + 1) for i in self.encode(corpus.read(doc)["text"])]
+            ids = stream[offset : offset + limit]
+            if len(ids) < limit:
+                raise ValueError(f"block of {len(ids)} tokens instead of {limit}: the token counts are stale")
+        return np.array([BOS, *ids])
+
+    def collate(self, rows: list[np.ndarray], draws: list[Draw]) -> Batch:
+        lengths = [len(row) for row in rows]
+        source = torch.full((len(rows), max(lengths)), PAD)
+        for i, row in enumerate(rows):
+            source[i, : len(row)] = torch.from_numpy(row)
+        masks = pad_masks(draw_masks(draws, lengths, self.config))
+        padding = source == PAD
+        return Batch("text", source, padding if bool(padding.any()) else None, **make_views(torch.from_numpy(masks)))
+
+    def prepare(self, text: str) -> torch.Tensor:
+        """One text as a trained model sees it: <s>, ids, </s>, cut to max_tokens; (T,)."""
+        return torch.tensor([BOS, *self.encode(text)][: self.config.max_tokens])
+
+
+def find_tokenizer(name: str, folder: Path) -> Path:
+    for path in (Path(name), folder / name, folder.parent / name):
+        if path.is_file():
+            return path
+    raise ValueError(f"tokenizer '{name}' is neither a file nor one in {folder}; "
+                     "set modalities.text.data.tokenizer=PATH to a sentencepiece model")
+
+
+def load_tokenizer(model: bytes, vocabulary: int, path: Path) -> sentencepiece.SentencePieceProcessor:
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    special = (tokenizer.bos_id(), tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.unk_id())
+    if special != (BOS, PAD, EOS, UNK):
+        raise ValueError(f"{path}: ids of <s>, <pad>, </s>, <unk> are {special}, must be {(BOS, PAD, EOS, UNK)}; "
+                         "train it with bos_id=0 pad_id=1 eos_id=2 unk_id=3")
+    if tokenizer.get_piece_size() > vocabulary:
+        raise ValueError(f"{path} has {tokenizer.get_piece_size()} pieces, more than modalities.text.vocabulary="
+                         f"{vocabulary}; set that to at least the number of pieces")
+    return tokenizer

@@ -1,0 +1,68 @@
+"""What a model is given: one micro-batch of one modality, with the masked views drawn for it.
+
+Shapes: B samples, M views of each, N = B * M (sample-major: row = sample * M + view), T tokens,
+K kept and J masked tokens of every row (K + J = T).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One micro-batch; every row of `mask_NT` has the same number of masked tokens."""
+
+    modality: str
+    source: Tensor
+    """Image (B, 3, H, W), waveform (B, samples) or token ids (B, T)."""
+    padding_BT: Tensor | None = None
+    """Bool, True = no data here; None if no sample of the batch is padded."""
+    mask_NT: Tensor | None = None
+    """Bool, True = hidden from the student and predicted. None, like the lists below, for whole samples only."""
+    keep_NK: Tensor | None = None
+    """Positions the student sees, ascending."""
+    masked_NJ: Tensor | None = None
+    """Positions it predicts, ascending."""
+    restore_NT: Tensor | None = None
+    """Where each position lies in cat([kept, masked]): undoes the shuffle."""
+    layerdrop_seed: int = 0
+    """What layer drop is drawn from: equal on all ranks and micro-batches of a step."""
+
+    @property
+    def clones(self) -> int:
+        return self.mask_NT.shape[0] // self.source.shape[0]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
+        """The same batch on `device`; floating-point sources take `dtype`."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True)
+                 for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        if moved["source"].is_floating_point():
+            moved["source"] = moved["source"].to(dtype)
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        pinned = {f.name: getattr(self, f.name).pin_memory()
+                  for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **pinned)
+
+
+def make_views(mask_NT: Tensor) -> dict[str, Tensor]:
+    """The index lists of a mask, as keyword arguments of `Batch`.
+
+    Raises ValueError if rows differ in their number of masked tokens.
+    """
+    counts = mask_NT.sum(dim=1)
+    masked = int(counts[0])
+    if not bool((counts == masked).all()):
+        raise ValueError(f"rows of a mask have {counts.unique().tolist()} masked tokens; every row must have the "
+                         "same number: equalise the rows (d2v_ds.model.masking.exactly)")
+    order_NT = mask_NT.to(torch.uint8).argsort(dim=1, stable=True)  # visible positions first, each part ascending
+    num_kept = mask_NT.shape[1] - masked
+    restore_NT = torch.empty_like(order_NT)
+    restore_NT.scatter_(1, order_NT, torch.arange(mask_NT.shape[1]).expand_as(order_NT))
+    return {"mask_NT": mask_NT, "keep_NK": order_NT[:, :num_kept].contiguous(),
+            "masked_NJ": order_NT[:, num_kept:].contiguous(), "restore_NT": restore_NT}

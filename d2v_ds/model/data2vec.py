@@ -1,0 +1,189 @@
+"""data2vec 2.0 (arXiv:2212.07525): student and teacher in one module.
+
+The student looks at M masked views, the teacher, an exponential moving average of the student, at the whole
+sample; the loss compares them at the masked positions. One module holds both, so an engine that partitions
+parameters partitions the teacher too; who owns the averaging is d2v_ds.engine.ema.
+
+Shapes: B samples, M views, N = B * M, T tokens, K kept, J masked, E extra tokens, D dim.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from d2v_ds.kernels.targets import make_targets
+from d2v_ds.model.batch import Batch
+from d2v_ds.model.decoder import Decoder, fill_in
+from d2v_ds.model.encoder import ModalityConfig, ModalityEncoder
+from d2v_ds.model.layers import Body, build_blocks, draw_layerdrop, run_blocks
+from d2v_ds.model.loss import regression
+
+TEACHER = "teacher."
+
+
+class Output(NamedTuple):
+    """What one micro-batch gives; `loss` is a sum, to be divided by the step's total `sample_size`."""
+
+    loss: Tensor
+    sample_size: Tensor
+    """Masked tokens that count, over all views."""
+    losses: dict[str, Tensor]
+    """The summed parts of `loss` by name, detached."""
+    pred_NJD: Tensor
+    target_NJD: Tensor
+    counts_NJ: Tensor | None
+    """Bool, which masked tokens count; None = all."""
+    targets_BTD: Tensor
+    """The targets of the whole samples, fp32."""
+
+
+class Data2Vec(nn.Module):
+    """`forward(batch)` is one pre-training pass; `encode(batch)` gives features of whole samples."""
+
+    def __init__(self, body: Body, configs: dict[str, ModalityConfig], encoders: dict[str, ModalityEncoder],
+                 decoders: dict[str, Decoder], fairseq_compat: bool = False):
+        super().__init__()
+        self.configs = configs
+        self.layerdrop = body.layerdrop
+        self.fairseq_compat = fairseq_compat
+        self.encoders = nn.ModuleDict(encoders)
+        self.input_dropout = nn.Dropout(body.input_dropout)
+        self.blocks = build_blocks(body, body.depth, body.drop_path)
+        self.decoders = nn.ModuleDict(decoders)
+        for name, config in configs.items():
+            if not 1 <= config.target.top_k <= body.depth:
+                raise ValueError(f"modalities.{name}.target.top_k={config.target.top_k} must lie in 1..{body.depth}, "
+                                 "the number of shared blocks; prenet blocks give no targets")
+        self.teacher: nn.Module | None = None
+
+    def build_teacher(self) -> None:
+        """Makes the teacher an exact, frozen copy of the parts of the student it follows; call after init."""
+        encoders = nn.ModuleDict()
+        for name, config in self.configs.items():
+            if config.teacher == "full":
+                encoders[name] = copy.deepcopy(self.encoders[name])
+            elif config.teacher == "context":
+                encoders[name] = nn.ModuleDict({"context": copy.deepcopy(self.encoders[name].context)})
+        self.teacher = nn.ModuleDict({"encoders": encoders, "blocks": copy.deepcopy(self.blocks)})
+        self.teacher.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Data2Vec:
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()  # a teacher has no dropout, whatever the engine asks for
+        return self
+
+    def forward(self, batch: Batch, noise_NJD: Tensor | None = None) -> Output:
+        """Loss of one micro-batch. `noise_NJD` replaces the decoder's random input (tests)."""
+        config = self.configs[batch.modality]
+        encoder = self.encoders[batch.modality]
+
+        local_BTD = encoder.local(batch.source)                                     # once a sample
+        targets_BTD = self.make_targets(batch, local_BTD)                           # teacher: whole, no grad
+        hidden_NED = self.see_visible(batch, local_BTD)                             # student: M masked views
+        pred_NJD = self.predict(batch, hidden_NED, noise_NJD)                       # decoder: masked positions
+
+        rows = torch.arange(batch.masked_NJ.shape[0], device=local_BTD.device)[:, None]
+        target_NJD = targets_BTD[rows // batch.clones, batch.masked_NJ]
+        counts_NJ = self.counted(batch)
+        elements = regression(pred_NJD, target_NJD, config.loss)
+        if counts_NJ is not None:
+            elements = elements * counts_NJ[:, :, None]
+        sample_size = elements.new_tensor(float(batch.masked_NJ.numel())) if counts_NJ is None else counts_NJ.sum()
+        losses = {"regression": elements.sum()}
+        if config.loss.cls_weight:
+            cls = regression(hidden_NED[:, config.extra_tokens - 1], self.mean_target(batch, targets_BTD), config.loss)
+            losses["cls"] = cls.sum() * config.loss.cls_weight * sample_size
+        loss = sum(losses.values())
+        return Output(loss, sample_size, {k: v.detach() for k, v in losses.items()}, pred_NJD.detach(), target_NJD,
+                      counts_NJ, targets_BTD)
+
+    @torch.no_grad()
+    def make_targets(self, batch: Batch, local_BTD: Tensor) -> Tensor:
+        """The teacher's normalised mean of layers for whole samples; (B, T, D) fp32."""
+        target = self.configs[batch.modality].target
+        outputs, ffns = self.teach(batch, local_BTD)
+        layers = (ffns if target.source == "ffn" else outputs)[-target.top_k:]
+        return make_targets(layers, per_layer=target.per_layer, final=target.final,
+                            skip=self.configs[batch.modality].extra_tokens,
+                            padding_BT=None if self.fairseq_compat else batch.padding_BT)
+
+    @torch.no_grad()
+    def teach(self, batch: Batch, local_BTD: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Every block's output and feed-forward output of the teacher; each (B, E + T, D)."""
+        owned = self.teacher["encoders"]
+        encoder = owned[batch.modality] if batch.modality in owned else self.encoders[batch.modality]
+        if self.configs[batch.modality].teacher == "full":
+            local_BTD = encoder.local(batch.source)
+        context = encoder["context"] if isinstance(encoder, nn.ModuleDict) else encoder.context
+        was_training = context.training
+        context.eval()
+        x, biases, padding = context(local_BTD.detach(), batch, False)
+        context.train(was_training)
+        blocks = self.teacher["blocks"]
+        _, outputs, ffns = run_blocks(blocks, x, biases, padding, [False] * len(blocks), len(context.blocks))
+        return outputs, ffns
+
+    def see_visible(self, batch: Batch, local_BTD: Tensor) -> Tensor:
+        """The student's output on the visible tokens of every view; (N, E + K, D)."""
+        context = self.encoders[batch.modality].context
+        x, biases, padding = context(local_BTD, batch, True)
+        drops = draw_layerdrop(len(self.blocks), self.layerdrop * self.training, batch.layerdrop_seed, "body")
+        return run_blocks(self.blocks, self.input_dropout(x), biases, padding, drops, len(context.blocks))[0]
+
+    def predict(self, batch: Batch, hidden_NED: Tensor, noise_NJD: Tensor | None) -> Tensor:
+        """Predictions at the masked positions; (N, J, D)."""
+        config, decoder = self.configs[batch.modality], self.decoders[batch.modality]
+        kept_NKD = decoder.input_dropout(hidden_NED)[:, config.extra_tokens:]
+        if noise_NJD is None:
+            noise_NJD = kept_NKD.new_empty(*batch.masked_NJ.shape, kept_NKD.shape[2])
+            noise_NJD.normal_(0, config.mask.noise_std) if config.mask.noise_std else noise_NJD.zero_()
+        padding_NT = None
+        if batch.padding_BT is not None and not self.fairseq_compat:
+            padding_NT = batch.padding_BT.repeat_interleave(batch.clones, dim=0)
+        return decoder(fill_in(kept_NKD, batch.restore_NT, noise_NJD), batch.masked_NJ, padding_NT)
+
+    def counted(self, batch: Batch) -> Tensor | None:
+        """Which masked tokens count: those that are no padding (fairseq counts all)."""
+        if batch.padding_BT is None or self.fairseq_compat:
+            return None
+        padding_NT = batch.padding_BT.repeat_interleave(batch.clones, dim=0)
+        return ~padding_NT.gather(1, batch.masked_NJ)
+
+    def mean_target(self, batch: Batch, targets_BTD: Tensor) -> Tensor:
+        """The class token's target: the mean over the sample's tokens, for every view; (N, D)."""
+        if batch.padding_BT is None or self.fairseq_compat:
+            mean_BD = targets_BTD.mean(dim=1)
+        else:  # padded rows of the targets are zero
+            mean_BD = targets_BTD.sum(dim=1) / (~batch.padding_BT).sum(dim=1, keepdim=True)
+        return mean_BD.repeat_interleave(batch.clones, dim=0)
+
+    def encode(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        """Every shared block's output and feed-forward output on whole, unmasked samples; (B, E + T, D)."""
+        encoder = self.encoders[batch.modality]
+        x, biases, padding = encoder.context(encoder.local(batch.source), batch, False)
+        drops = [False] * len(self.blocks)
+        _, outputs, ffns = run_blocks(self.blocks, x, biases, padding, drops, len(encoder.context.blocks))
+        return outputs, ffns
+
+    def followed(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """(name, student parameter, teacher parameter) of everything the teacher owns."""
+        student = dict(self.named_parameters())
+        for name, parameter in student.items():
+            if TEACHER + name in student:
+                yield name, parameter, student[TEACHER + name]
+
+    @torch.no_grad()
+    def follow(self, tau: float) -> None:
+        """One EMA step on whole parameters, teacher += (1 - tau) * (student - teacher); frozen ones are copied.
+
+        What a single process does; d2v_ds.engine.ema does the same on partitions.
+        """
+        for _, student, teacher in self.followed():
+            teacher.lerp_(student, 1 - tau if student.requires_grad else 1.0)

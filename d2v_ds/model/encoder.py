@@ -1,0 +1,148 @@
+"""One modality's own part of the model: raw input to tokens (`local`), tokens to the shared body (`context`).
+
+The two are separate modules because the teacher may own both, only the context, or neither.
+B samples, M views, N = B * M, T tokens, K kept, E extra tokens, D dim, H heads.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_ds.config import Config
+from d2v_ds.model.batch import Batch
+from d2v_ds.model.decoder import DecoderConfig
+from d2v_ds.model.layers import Body, alibi_bias, alibi_slopes, build_blocks, draw_layerdrop, run_blocks
+from d2v_ds.model.loss import Loss
+from d2v_ds.model.masking import Mask
+from d2v_ds.model.targets import Target
+
+
+class Alibi(Config):
+    """Attention bias that falls linearly with distance (arXiv:2108.12409), times a scale clamped at 0."""
+
+    scale: float = 1.0
+    learned: bool = True
+    per_head: bool = True
+    per_layer: bool = False
+
+
+class ModalityConfig(Config):
+    """What every modality sets; each adds its own keys."""
+
+    kind: str
+    clones: int = 8
+    """M, masked views of a sample that share one teacher pass."""
+    mask: Mask = Mask()
+    target: Target = Target()
+    loss: Loss = Loss()
+    decoder: DecoderConfig = DecoderConfig()
+    teacher: Literal["full", "context", "blocks"] = "full"
+    """What the teacher owns besides the shared blocks: the whole encoder, all but its local part, or nothing."""
+    prenet_depth: int = 0
+    prenet_dropout: float = 0.0
+    prenet_layerdrop: float = 0.0
+    prenet_drop_path: tuple[float, float] = (0.0, 0.0)
+    extra_tokens: int = 0
+    extra_tokens_init: Literal["zero", "normal", "first_zero"] = "zero"
+    alibi: Alibi | None = None
+
+
+class ModalityEncoder(nn.Module):
+    """`local`: source -> (B, T, D). `context`: those tokens, whole or masked -> the shared body's input."""
+
+    def __init__(self, local: nn.Module, context: Context):
+        super().__init__()
+        self.local = local
+        self.context = context
+
+
+class Context(nn.Module):
+    """Positions, masking, extra tokens, norm and prenet blocks of one modality.
+
+    `positions`: a tensor (T, D) added before masking, or a module (N, T, D) -> (N, T, D) applied after it to
+    tokens whose masked positions are zero, so it leaks where something is masked, not what.
+    """
+
+    def __init__(self, config: ModalityConfig, body: Body, positions: Tensor | nn.Module | None = None,
+                 has_norm: bool = True, fairseq_compat: bool = False):
+        super().__init__()
+        is_fixed = isinstance(positions, Tensor)
+        self.register_buffer("positions", positions if is_fixed else None, persistent=False)
+        self.conv_positions = None if is_fixed else positions
+        self.pads_positions = not fairseq_compat
+        self.num_extra = config.extra_tokens
+        if self.num_extra:
+            self.extra_tokens = nn.Parameter(init_extra_tokens(config, body.dim))
+        self.heads = body.heads
+        self.alibi = config.alibi
+        if self.alibi:
+            layers = config.prenet_depth + body.depth if self.alibi.per_layer else 1
+            shape = (layers, body.heads if self.alibi.per_head else 1)
+            self.alibi_scale = nn.Parameter(torch.full(shape, self.alibi.scale),
+                                            requires_grad=self.alibi.learned)
+        self.norm = nn.LayerNorm(body.dim, eps=body.norm_eps) if has_norm or config.prenet_depth else None
+        self.dropout = nn.Dropout(config.prenet_dropout)
+        self.blocks = build_blocks(body, config.prenet_depth, config.prenet_drop_path)
+        self.layerdrop = config.prenet_layerdrop
+
+    def forward(self, local_BTD: Tensor, batch: Batch, is_masked: bool
+                ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """The body's input for the masked views (N, E + K, D) or for the whole samples (B, E + T, D).
+
+        Also the attention biases (none, one for all layers, or one a layer) and the padding of these tokens.
+        """
+        x = local_BTD if self.positions is None else local_BTD + self.positions.to(local_BTD.dtype)
+        if is_masked:
+            x, positions_NK, padding = self.keep_visible(x, batch)
+        else:
+            x = self.add_conv_positions(x, batch.padding_BT)
+            positions_NK, padding = torch.arange(x.shape[1], device=x.device)[None], batch.padding_BT
+        if self.num_extra:
+            x = torch.cat([self.extra_tokens.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+            padding = None if padding is None else F.pad(padding, (self.num_extra, 0), value=False)
+        biases = self.make_biases(positions_NK)
+        if self.norm is not None:
+            x = self.dropout(self.norm(x))
+        drops = draw_layerdrop(len(self.blocks), self.layerdrop * self.training, batch.layerdrop_seed, "prenet")
+        x, _, _ = run_blocks(self.blocks, x, biases, padding, drops)
+        return x, biases, padding
+
+    def keep_visible(self, x_BTD: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What each view may see (N, K, D), the original positions of it and its padding, both (N, K)."""
+        rows = torch.arange(batch.keep_NK.shape[0], device=x_BTD.device)[:, None]
+        padding_NT = None
+        if batch.padding_BT is not None:
+            padding_NT = batch.padding_BT.repeat_interleave(batch.clones, dim=0)
+        if self.conv_positions is None:
+            x_NKD = x_BTD[rows // batch.clones, batch.keep_NK]
+        else:
+            x_NTD = x_BTD.repeat_interleave(batch.clones, dim=0)
+            hidden = batch.mask_NT if padding_NT is None or not self.pads_positions else batch.mask_NT | padding_NT
+            positions_NTD = self.conv_positions(x_NTD.masked_fill(hidden[:, :, None], 0),
+                                                padding_NT if self.pads_positions else None)
+            x_NKD = (x_NTD + positions_NTD)[rows, batch.keep_NK]
+        return x_NKD, batch.keep_NK, None if padding_NT is None else padding_NT.gather(1, batch.keep_NK)
+
+    def add_conv_positions(self, x_BTD: Tensor, padding_BT: Tensor | None) -> Tensor:
+        if self.conv_positions is None:
+            return x_BTD
+        return x_BTD + self.conv_positions(x_BTD, padding_BT if self.pads_positions else None)
+
+    def make_biases(self, positions_NK: Tensor) -> tuple[Tensor, ...]:
+        if not self.alibi:
+            return ()
+        return tuple(alibi_bias(scale_H, alibi_slopes(self.heads, positions_NK.device), positions_NK, self.num_extra)
+                     for scale_H in self.alibi_scale.clamp(min=0))
+
+
+def init_extra_tokens(config: ModalityConfig, dim: int) -> Tensor:
+    tokens = torch.zeros(1, config.extra_tokens, dim)
+    if config.extra_tokens_init == "normal":
+        nn.init.normal_(tokens)
+    elif config.extra_tokens_init == "first_zero":
+        nn.init.normal_(tokens[:, 1:])
+    return tokens

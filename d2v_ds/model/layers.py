@@ -1,0 +1,212 @@
+"""The transformer block of data2vec 2.0, and the small pieces that several parts share.
+
+N rows, T tokens, D dim, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_ds.config import Config
+
+
+class Body(Config):
+    """The transformer that all modalities share."""
+
+    dim: int = 768
+    depth: int = 12
+    """Shared blocks; a modality may add prenet blocks of its own before them."""
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-5
+    encoder_dropout: float = 0.0
+    """After the attention's output projection."""
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    """Inside the MLP, after both layers."""
+    post_mlp_dropout: float = 0.0
+    """On the MLP's output, before the residual."""
+    input_dropout: float = 0.0
+    layerdrop: float = 0.0
+    drop_path: tuple[float, float] = (0.0, 0.0)
+    """Of the first and of the last block; linear between."""
+
+
+class LayerNormFp32(nn.LayerNorm):
+    """Layer norm computed in fp32 whatever the dtype of its input, as the audio feature extractor needs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).type_as(x)
+
+
+class DropPath(nn.Module):
+    """Drops the residual branch of whole samples, rescaled (arXiv:1603.09382)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.rate
+        return x * (kept / (1 - self.rate)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with an optional additive fp32 bias (N or 1, H, T, T)."""
+
+    def __init__(self, body: Body):
+        super().__init__()
+        if body.dim % body.heads:
+            raise ValueError(f"body.dim={body.dim} is not a multiple of body.heads={body.heads}; "
+                             "choose heads that divide dim")
+        self.heads = body.heads
+        self.qkv = nn.Linear(body.dim, 3 * body.dim)
+        self.proj = nn.Linear(body.dim, body.dim)
+        self.dropout = body.attention_dropout
+        self.proj_dropout = nn.Dropout(body.encoder_dropout)
+
+    def forward(self, x_NTD: Tensor, bias: Tensor | None, padding_NT: Tensor | None) -> Tensor:
+        rows, tokens, dim = x_NTD.shape
+        qkv = self.qkv(x_NTD).view(rows, tokens, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, T, D / H)
+        dropout = self.dropout if self.training else 0.0
+        y = attend(q, k, v, bias, padding_NT, dropout)
+        return self.proj_dropout(self.proj(y.transpose(1, 2).reshape(rows, tokens, dim)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padding_NT: Tensor | None,
+           dropout: float) -> Tensor:
+    """softmax(q k / sqrt(d) + bias) v; logits with a bias are fp32, since bf16 cannot tell far frames apart."""
+    if padding_NT is not None:
+        blocked = padding_NT[:, None, None, :]
+        if bias is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=~blocked, dropout_p=dropout)
+        bias = bias.masked_fill(blocked, float("-inf"))
+    if bias is None or bias.dtype == q.dtype:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    weights = torch.softmax(logits.float() + bias, dim=-1).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
+class MLP(nn.Module):
+    def __init__(self, body: Body):
+        super().__init__()
+        hidden = int(body.dim * body.mlp_ratio)
+        self.fc1 = nn.Linear(body.dim, hidden)
+        self.fc2 = nn.Linear(hidden, body.dim)
+        self.dropout = nn.Dropout(body.activation_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Post-norm transformer block; also returns its feed-forward output, what targets are made of."""
+
+    def __init__(self, body: Body, drop_path: float = 0.0):
+        super().__init__()
+        self.attn = Attention(body)
+        self.norm1 = nn.LayerNorm(body.dim, eps=body.norm_eps)
+        self.mlp = MLP(body)
+        self.norm2 = nn.LayerNorm(body.dim, eps=body.norm_eps)
+        self.dropout = nn.Dropout(body.post_mlp_dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x_NTD: Tensor, bias: Tensor | None = None,
+                padding_NT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The block's output and its feed-forward output (before dropout, residual and norm), both (N, T, D)."""
+        x = self.norm1(x_NTD + self.drop_path(self.attn(x_NTD, bias, padding_NT)))
+        ffn = self.mlp(x)
+        return self.norm2(x + self.drop_path(self.dropout(ffn))), ffn
+
+
+def build_blocks(body: Body, depth: int, drop_path: tuple[float, float] = (0.0, 0.0)) -> nn.ModuleList:
+    rates = torch.linspace(*drop_path, depth, device="cpu").tolist() if depth else []
+    return nn.ModuleList(Block(body, rate) for rate in rates)
+
+
+class ConvBlock(nn.Module):
+    """Convolution of 'same' length over time or a grid, channel layer norm without affine, GELU.
+
+    An even kernel yields one position too many; the last one is cut off.
+    """
+
+    def __init__(self, dims: int, channels_in: int, channels: int, kernel: int, groups: int):
+        super().__init__()
+        if channels_in % groups or channels % groups:
+            raise ValueError(f"{groups} groups do not divide {channels_in} -> {channels} channels; "
+                             "set groups to a divisor of both")
+        conv = nn.Conv1d if dims == 1 else nn.Conv2d
+        self.conv = conv(channels_in, channels, kernel, padding=kernel // 2, groups=groups)
+        self.trim = 1 - kernel % 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, *space) -> (N, C, *space)."""
+        x = self.conv(x)
+        if self.trim:
+            x = x[(..., *[slice(None, -1)] * (x.dim() - 2))]
+        x = F.layer_norm(x.movedim(1, -1), (x.shape[1],))  # over channels, eps 1e-5
+        return F.gelu(x).movedim(-1, 1)
+
+
+@lru_cache
+def alibi_slopes(heads: int, device: torch.device = torch.device("cpu")) -> Tensor:
+    """Slope of each head (H,) in fp32 (arXiv:2108.12409).
+
+    For H no power of two: those of the next smaller one, then every second slope of the next larger one.
+    No buffer, since an engine would round buffers to bf16.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
+    more = [2 ** (-8 * (h + 1) / (2 * power)) for h in range(0, 2 * power, 2)]
+    return torch.tensor(slopes + more[: heads - power], device=device)
+
+
+def alibi_bias(scale_H: Tensor, slopes_H: Tensor, positions_NK: Tensor, extra_tokens: int) -> Tensor:
+    """-slope * scale * |i - j| between original positions i, j, (N, H, E + K, E + K) fp32; 0 for extra tokens."""
+    distance_NKK = (positions_NK[:, :, None] - positions_NK[:, None, :]).abs().float()
+    bias = -(scale_H.float() * slopes_H)[None, :, None, None] * distance_NKK[:, None]
+    return F.pad(bias, (extra_tokens, 0, extra_tokens, 0)) if extra_tokens else bias
+
+
+def draw_layerdrop(layers: int, rate: float, seed: int, stack: str) -> list[bool]:
+    """Which layers are left out: a function of the seed, so that all ranks leave out the same ones."""
+    draw = random.Random(f"{seed}-{stack}")
+    return [rate > 0 and draw.random() < rate for _ in range(layers)]
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, biases: tuple[Tensor, ...], padding: Tensor | None,
+               drops: list[bool], first_layer: int = 0) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The last output, every block's output, and every block's feed-forward output."""
+    outputs, ffns = [], []
+    for i, block in enumerate(blocks):
+        if drops[i]:
+            continue
+        bias = biases[min(first_layer + i, len(biases) - 1)] if biases else None
+        x, ffn = block(x, bias, padding)
+        outputs.append(x)
+        ffns.append(ffn)
+    return x, outputs, ffns
+
+
+def bert_init(module: nn.Module) -> None:
+    """Linear and embedding weights N(0, 0.02), biases 0, padding row 0 (arXiv:1810.04805)."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.normal_(child.weight, std=0.02)
+            nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.Embedding):
+            nn.init.normal_(child.weight, std=0.02)
+            if child.padding_idx is not None:
+                nn.init.zeros_(child.weight[child.padding_idx])

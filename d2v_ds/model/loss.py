@@ -1,0 +1,29 @@
+"""The regression loss of data2vec, elementwise and summed, always in fp32."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2v_ds.config import Config
+
+
+class Loss(Config):
+    beta: float = 0.0
+    """0 = squared error; otherwise smooth L1 with this threshold."""
+    scale: float | None = None
+    """Factor on every element; None = 1 / sqrt(D)."""
+    cls_weight: float = 0.0
+    """Weight of the class token's loss; multiplied by the micro-batch's number of masked tokens."""
+    weight: float = 1.0
+    """Of this modality in a joint model."""
+
+
+def regression(pred: Tensor, target: Tensor, loss: Loss) -> Tensor:
+    """Elementwise loss (..., D) in fp32 (spec: summed over D and tokens, divided by the number of tokens)."""
+    pred, target = pred.float(), target.float()
+    if loss.beta == 0:
+        value = F.mse_loss(pred, target, reduction="none")
+    else:
+        value = F.smooth_l1_loss(pred, target, reduction="none", beta=loss.beta)
+    return value * (pred.shape[-1] ** -0.5 if loss.scale is None else loss.scale)

@@ -1,0 +1,37 @@
+"""Package definition. Versions are pinned where another one is known to break (docs/decisions.md)."""
+
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+setup(
+    name="d2v_ds",
+    version="0.1.0",
+    description="Train data2vec models (1.0 and 2.0) on images, speech and text, at any scale, on DeepSpeed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=[*find_namespace_packages(include=["d2v_ds*"]), "shards", "ds_configs"],
+    package_data={"ds_configs": ["*.json"], "shards": ["sample/*"]},
+    install_requires=[
+        "torch==2.11.0",  # brings the triton built for it
+        "torchaudio==2.11.0",
+        "deepspeed==0.19.8",
+        "webdataset>=1.0.2,<1.1",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.15",
+        "safetensors>=0.4.3",
+        "soundfile>=0.12",
+        "pydantic>=2.7,<3",
+        "pyyaml>=6",
+        "pillow>=10",
+        "numpy>=1.26",
+        "matplotlib>=3.8",
+        "scikit-learn>=1.3",  # the handwritten digits of the sample shards
+        "setuptools",  # what DeepSpeed builds its operators with
+        "ninja",
+    ],
+    extras_require={"dev": ["pytest>=8", "ruff"]},
+    entry_points={"console_scripts": ["d2v=d2v_ds.cli:main"]},
+)
