@@ -32,7 +32,7 @@ def shard_pattern(data: str, shards: str) -> str | list[str]:
     return [str(Path(part) / name) for part in parts for name in shards.split("::")]
 
 
-def open_source(name: str, config: Any, data: str, seed: int) -> Source:
+def open_source(name: str, config: Any, data: str) -> Source:
     """The samples of one modality, with their index; builds what is missing of it."""
     samples = samples_class(name)(config, Path(data.split("::")[0]))
     paths = expand_shards(shard_pattern(data, config.data.shards))

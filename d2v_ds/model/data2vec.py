@@ -110,9 +110,10 @@ class Data2Vec(nn.Module):
         target = self.configs[batch.modality].target
         outputs, ffns = self.teach(batch, local_BTD)
         layers = (ffns if target.source == "ffn" else outputs)[-target.top_k:]
-        return make_targets(layers, per_layer=target.per_layer, final=target.final,
-                            skip=self.configs[batch.modality].extra_tokens,
-                            padding_BT=None if self.fairseq_compat else batch.padding_BT)
+        targets_BTD = make_targets(layers, per_layer=target.per_layer, final=target.final,
+                                   skip=self.configs[batch.modality].extra_tokens,
+                                   padding_BT=None if self.fairseq_compat else batch.padding_BT)
+        return targets_BTD.roll(1, dims=0) if target.shuffle else targets_BTD
 
     @torch.no_grad()
     def teach(self, batch: Batch, local_BTD: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -16,3 +16,6 @@ class Target(Config):
     """Norms of the average, in this order."""
     source: Literal["ffn", "block"] = "ffn"
     """Feed-forward outputs (before the residual), or block outputs."""
+    shuffle: bool = False
+    """Control experiment: each sample gets the target of another one of its micro-batch, so that nothing about
+    its content can be learned."""

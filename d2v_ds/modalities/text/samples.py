@@ -36,10 +36,11 @@ class TextSamples:
     def __init__(self, config: Any, folder: Path):
         self.config = config
         self.fields = {"text": config.data.fields}
-        self.path = find_tokenizer(config.data.tokenizer, folder)
-        model = self.path.read_bytes()
+        path = find_tokenizer(config.data.tokenizer, folder)
+        self.files = (path,)  # what an export needs besides the weights
+        model = path.read_bytes()
         self.measure_name = f"tokens-{hashlib.sha256(model).hexdigest()[:12]}"
-        self.tokenizer = load_tokenizer(model, config.vocabulary, self.path)
+        self.tokenizer = load_tokenizer(model, config.vocabulary, path)
 
     def measure(self, fields: dict[str, bytes]) -> int:
         """Tokens of a document, with its end token."""
@@ -57,7 +58,7 @@ class TextSamples:
         if self.config.data.mode == "samples":
             self.size = len(corpus)
             return
-        self.blocks = TextBlocks(corpus, self.config.max_tokens - 1)
+        self.blocks = TextBlocks.build(corpus.lengths, corpus.shard_starts, self.config.max_tokens - 1)
         self.size = len(self.blocks)
 
     def read(self, corpus: Corpus, unit: int) -> np.ndarray:
@@ -70,7 +71,7 @@ class TextSamples:
             stream = [i for doc in range(first, last + 1) for i in self.encode(corpus.read(doc)["text"])]
             ids = stream[offset : offset + limit]
             if len(ids) < limit:
-                raise ValueError(f"block of {len(ids)} tokens instead of {limit}: the token counts are stale")
+                raise corpus.corrupt(first, f"block of {len(ids)} tokens instead of {limit}: token counts are stale")
         return np.array([BOS, *ids])
 
     def collate(self, rows: list[np.ndarray], draws: list[Draw]) -> Batch:

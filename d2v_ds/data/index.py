@@ -1,0 +1,234 @@
+"""Which samples are there? Shard patterns -> an index beside each tar -> the corpus of one modality.
+
+A sample is read by its number, as the bytes that were indexed or not at all (CorruptSample). Columns stay on
+disk, and a process holds at most 64 shards of a corpus open.
+"""
+
+import functools
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import braceexpand
+import numpy as np
+
+from d2v_ds.data.parallel import Progress, map_shards
+from d2v_ds.data.reader import CorruptSample, Fields, ShardReader, parse_fields, samples_with
+from d2v_ds.data.shard import ShardIndex, build_index, load_column, load_index, write_column
+
+__all__ = ["Corpus", "CorruptSample", "ShardIndex", "build_index", "ensure_index", "expand_shards"]
+
+Measure = Callable[[dict[str, bytes]], int]
+
+MAX_OPEN_SHARDS = 64
+
+log = logging.getLogger(__name__)
+
+
+def expand_shards(patterns: str | list[str]) -> list[Path]:
+    """The tars that braces {000..003}, globs, folders and ::-joined lists of them name, in that order."""
+    listed = [patterns] if isinstance(patterns, str | Path) else patterns
+    parts = [part for pattern in listed for part in str(pattern).split("::") if part]
+    paths = [path for part in parts for path in _expand(part)]
+    if not paths:
+        raise ValueError(f"shard pattern {patterns!r} is empty; name a tar, a folder of tars or a pattern")
+    for path, count in Counter(paths).items():
+        if count > 1:
+            raise ValueError(f"{patterns!r} names the shard {path} {count} times; name each shard once")
+    return paths
+
+
+def ensure_index(
+    paths: list[Path], workers: int | None = None, progress: Progress | None = print
+) -> list[ShardIndex]:
+    """The index of each tar; those absent, or of a tar of another size, are built in parallel."""
+    indexes = [load_index(path) for path in paths]
+    missing = [path for path, index in zip(paths, indexes, strict=True) if index is None]
+    built = iter(map_shards(build_index, missing, workers, progress, "indexed"))
+    return [next(built) if index is None else index for index in indexes]
+
+
+class Corpus:
+    """All usable samples of a list of shards for one modality, numbered from 0 in the order of the shards."""
+
+    def __init__(self, indexes: list[ShardIndex], fields: Fields) -> None:
+        self.indexes = indexes
+        self.fields = fields
+        self.skipped = 0
+        self._kept = [samples_with(index, fields) for index in indexes]
+        self._lengths: np.ndarray | None = None
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        self._pid = os.getpid()
+        self._count()
+
+    @classmethod
+    def open(
+        cls,
+        paths: list[Path],
+        fields: dict[str, str],
+        measure: Measure | None = None,
+        measure_name: str = "",
+        min_length: int = 0,
+        workers: int | None = None,
+        progress: Progress | None = print,
+    ) -> "Corpus":
+        """Index what is not indexed; leave out samples that lack a field, are empty or below `min_length`.
+
+        `fields` maps a name to alternatives in order of preference: "flac;wav", "txt;json.text" (the key
+        `text` of the member `json`). `measure` gives a sample's length, its ValueError means 0; the lengths
+        are stored beside each shard under `measure_name`, which must name all that they depend on.
+        """
+        corpus = cls(ensure_index(paths, workers, progress), parse_fields(fields))
+        if not len(corpus):
+            raise ValueError(corpus._no_field_message(paths, fields))
+        total = sum(index.num_samples for index in corpus.indexes)
+        reasons = {f"without {' or '.join(map(repr, fields.values()))}": total - len(corpus)}
+        if measure is not None:
+            assert measure_name, "a measure needs a name to be stored under"
+            corpus._measure(measure, measure_name, workers, progress)
+            reasons |= corpus._leave_out_short(measure_name, min_length)
+        corpus._report(paths, reasons, total)
+        return corpus
+
+    def __len__(self) -> int:
+        return int(self.shard_starts[-1])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) uint32, what `measure` gave for each sample."""
+        assert self._lengths is not None, "the corpus was opened without a measure"
+        return self._lengths
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the shards' names, sizes and member hashes; where they lie does not count."""
+        rows = [(index.path.name, index.size, index.members_sha256) for index in self.indexes]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def read(self, i: int) -> dict[str, bytes]:
+        """The bytes of each field of sample i; CorruptSample if they are not the indexed ones."""
+        reader, sample = self._locate(i)
+        return reader.read(sample)
+
+    def key(self, i: int) -> str:
+        """The name of sample i, "shard.tar:key"."""
+        reader, sample = self._locate(i)
+        return f"{reader.index.path.name}:{reader.key(sample)}"
+
+    def corrupt(self, i: int, reason: str) -> CorruptSample:
+        """The exception to raise where sample i was read but cannot be used."""
+        reader, sample = self._locate(i)
+        return reader.corrupt(sample, reason)
+
+    def _locate(self, i: int) -> tuple[ShardReader, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of a corpus of {len(self)}")
+        shard = int(np.searchsorted(self.shard_starts, i, side="right")) - 1
+        position = int(i - self.shard_starts[shard])
+        kept = self._kept[shard]
+        return self._reader(shard), position if kept is None else int(kept[position])
+
+    def _reader(self, shard: int) -> ShardReader:
+        if self._pid != os.getpid():  # a forked worker opens its own files
+            self._readers, self._pid = OrderedDict(), os.getpid()
+        if shard not in self._readers:
+            if len(self._readers) >= MAX_OPEN_SHARDS:
+                self._readers.popitem(last=False)[1].close()
+            self._readers[shard] = ShardReader(self.indexes[shard], self.fields)
+        self._readers.move_to_end(shard)
+        return self._readers[shard]
+
+    def _count(self) -> None:
+        counts = [
+            index.num_samples if kept is None else len(kept)
+            for index, kept in zip(self.indexes, self._kept, strict=True)
+        ]
+        self.shard_starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        """(shards + 1,) the first sample of each shard, then the number of all"""
+
+    def _measure(self, measure: Measure, name: str, workers: int | None, progress: Progress | None) -> None:
+        missing = [index for index in self.indexes if load_column(index, name) is None]
+        job = functools.partial(_measure_shard, fields=self.fields, measure=measure, name=name)
+        map_shards(job, missing, workers, progress, f"measured {name} of")
+
+    def _leave_out_short(self, name: str, min_length: int) -> dict[str, int]:
+        """Keep samples of `min_length` or more; the counts of those left out."""
+        lengths, num_empty, num_short = [], 0, 0
+        for shard, index in enumerate(self.indexes):
+            column, kept = load_column(index, name), self._kept[shard]
+            assert column is not None, f"{name} of {index.path} was measured but cannot be read"
+            values = np.array(column if kept is None else column[kept])
+            is_long = values >= max(min_length, 1)
+            num_empty += int((values == 0).sum())
+            num_short += int((~is_long & (values > 0)).sum())
+            if not is_long.all():
+                rows = np.arange(index.num_samples, dtype=np.uint32) if kept is None else kept
+                self._kept[shard] = rows[is_long]
+            lengths.append(values[is_long])
+        self._lengths = np.concatenate(lengths)
+        self._count()
+        return {"empty or unreadable": num_empty, f"below {min_length} {name}": num_short}
+
+    def _report(self, paths: list[Path], reasons: dict[str, int], total: int) -> None:
+        self.skipped = total - len(self)
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        if not len(self):
+            raise ValueError(f"none of the {total} samples of {_name(paths)} can be used: {why}")
+        if self.skipped:
+            log.warning("%d of %d samples of %s are left out: %s", self.skipped, total, _name(paths), why)
+
+    def _no_field_message(self, paths: list[Path], fields: dict[str, str]) -> str:
+        seen = Counter[str]()
+        for index in self.indexes:
+            seen.update(index.extension_counts)
+        extensions = ", ".join(extension for extension, _ in seen.most_common(20))
+        return (
+            f"no sample of {_name(paths)} has {fields}; the extensions seen are: {extensions}. "
+            "Name those that hold the fields (an extension begins at the first dot of a file's name)"
+        )
+
+
+def _measure_shard(index: ShardIndex, fields: Fields, measure: Measure, name: str) -> None:
+    kept = samples_with(index, fields)
+    lengths = np.zeros(index.num_samples, dtype=np.uint32)
+    reader = ShardReader(index, fields)
+    for sample in range(index.num_samples) if kept is None else kept.tolist():
+        try:
+            lengths[sample] = measure(reader.read(sample))
+        except ValueError:
+            lengths[sample] = 0  # counted and reported by whoever opens the corpus
+    reader.close()
+    write_column(index, name, lengths)
+
+
+def _expand(pattern: str) -> Iterator[Path]:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", pattern):
+        raise ValueError(
+            f"shard pattern {pattern!r} is remote, which is not supported yet; download the shards first"
+        )
+    for name in braceexpand.braceexpand(os.path.expanduser(pattern)):
+        found = _expand_name(name)
+        if not found:
+            raise ValueError(
+                f"shard pattern {pattern!r}: {name} matches nothing; name tars, a folder that holds *.tar, "
+                "or a pattern with {000..003} or * that matches some"
+            )
+        yield from found
+
+
+def _expand_name(name: str) -> list[Path]:
+    if os.path.isdir(name):
+        return sorted(Path(name).glob("*.tar"))
+    if glob.has_magic(name):
+        return sorted(Path(path) for path in glob.glob(name))
+    return [Path(name)] if os.path.isfile(name) else []
+
+
+def _name(paths: list[Path]) -> str:
+    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} .. {paths[-1].name}"

@@ -1,0 +1,220 @@
+"""How do the plan's micro-batches reach this rank? A torch DataLoader over (step, modality, micro-batch).
+
+A worker is told what to read by the plan and keeps no state, so the stream is the same at any number of
+workers and from any step. A unit that cannot be read is replaced as the plan says and reported, never hidden.
+"""
+
+import gc
+import json
+import math
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from d2v_ds.data.index import Corpus, CorruptSample
+from d2v_ds.data.plan import Draw, Plan, Stream
+
+MAX_ATTEMPTS = 20
+
+Item = tuple[int, str, int]  # (step, stream, micro-batch)
+
+
+class Samples(Protocol):
+    """What a modality knows about its samples."""
+
+    fields: dict[str, str]
+    """field -> alternatives, as Corpus.open takes them"""
+
+    @property
+    def size(self) -> int:
+        """Units; a unit is a sample of the corpus unless there are more or fewer of them (blocks of text)."""
+
+    def read(self, corpus: Corpus, unit: int) -> Any:
+        """One unit decoded, nothing random yet; ValueError if that cannot be."""
+
+    def collate(self, decoded: list[Any], draws: list[Draw]) -> Any:
+        """The batch: crops and masks come from the seeds of the draws."""
+
+
+@dataclass
+class Source:
+    """One modality's samples, and how many of them make a step."""
+
+    name: str
+    corpus: Corpus
+    samples: Samples
+    batch: int
+    micro_batches: int
+
+    @property
+    def stream(self) -> Stream:
+        return Stream(self.name, self.samples.size, self.batch, self.micro_batches)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A unit that was replaced; `key` is "shard.tar:key"."""
+
+    modality: str
+    key: str
+    reason: str
+    step: int
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    modality: str
+    step: int
+    index: int
+    batch: Any
+    faults: list[Fault] = field(default_factory=list)
+
+
+class StepLoader:
+    """For each step in [first_step, last_step) the list of this rank's micro-batches, in the plan's order."""
+
+    def __init__(
+        self,
+        sources: list[Source],
+        plan: Plan,
+        rank: int,
+        world: int,
+        first_step: int,
+        last_step: int,
+        workers: int = 0,
+        prefetch_steps: int = 2,
+    ) -> None:
+        plan.check_world(world)
+        assert prefetch_steps >= 1, "nothing would be read"
+        assert {s.stream for s in sources} == set(plan.streams), "the plan was made for other sources"
+        self.steps = range(first_step, last_step)
+        self.items_per_step = len(plan.items(first_step, rank, world))
+        self._loader = DataLoader(
+            _MicroBatches(sources, plan),
+            batch_size=None,
+            sampler=_Items(plan, rank, world, self.steps),
+            num_workers=workers,
+            collate_fn=_identity,
+            worker_init_fn=_init_worker,
+            multiprocessing_context="fork" if workers else None,
+            prefetch_factor=math.ceil(prefetch_steps * self.items_per_step / workers) if workers else None,
+            generator=torch.Generator(),  # else each iteration draws from the global one
+        )
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        micro_batches = iter(self._loader)
+        for _ in self.steps:
+            yield [next(micro_batches) for _ in range(self.items_per_step)]
+
+
+class FaultLog:
+    """Writes faults to quarantine.jsonl, and stops the run when they are more than a share of the samples."""
+
+    def __init__(self, path: Path, max_share: float = 0.001, min_count: int = 20) -> None:
+        self.path = Path(path)
+        self.max_share = max_share
+        self.min_count = min_count
+        self.counts: Counter[tuple[str, str, str]] = Counter()
+        """(modality, shard, reason) -> faults; numbers in a reason are replaced by #"""
+
+    def add(self, faults: list[Fault], samples_seen: int) -> None:
+        """Record; RuntimeError when the faults are more than `min_count` and `max_share` of all seen."""
+        for fault in faults:
+            self._append(json.dumps(asdict(fault)) + "\n")
+            reason = re.sub(r"0x[0-9a-fA-F]+|\d+", "#", fault.reason)
+            self.counts[fault.modality, fault.key.partition(":")[0], reason] += 1
+        count = self.counts.total()
+        if faults and count > self.min_count and count > self.max_share * samples_seen:
+            raise RuntimeError(self._message(count, samples_seen))
+
+    def _append(self, line: str) -> None:
+        # One write of one line at the end: the ranks of a run share the file.
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(file, line.encode())
+        finally:
+            os.close(file)
+
+    def _message(self, count: int, samples_seen: int) -> str:
+        rows = [
+            f"  {number} x {modality} {shard}: {reason}"
+            for (modality, shard, reason), number in self.counts.most_common(20)
+        ]
+        return (
+            f"{count} of {samples_seen} samples could not be used, more than {self.max_share:.2%}:\n"
+            + "\n".join(rows)
+            + f"\nRepair or leave out these shards ({self.path} names each sample; of one that was rewritten "
+            "delete the .tar.json, and it is indexed anew), or allow a larger share"
+        )
+
+
+class _MicroBatches(Dataset):
+    def __init__(self, sources: list[Source], plan: Plan) -> None:
+        self.sources = {source.name: source for source in sources}
+        self.plan = plan
+
+    def __getitem__(self, item: Item) -> MicroBatch:
+        step, name, index = item
+        source, faults = self.sources[name], []
+        draws = self.plan.draws(step, name, index)
+        pairs = [_read(source, self.plan, draw, step, faults) for draw in draws]
+        batch = source.samples.collate([decoded for decoded, _ in pairs], [draw for _, draw in pairs])
+        return MicroBatch(name, step, index, batch, faults)
+
+
+class _Items(Sampler):
+    """All (step, stream, micro-batch) of one rank."""
+
+    def __init__(self, plan: Plan, rank: int, world: int, steps: range) -> None:
+        self.plan, self.rank, self.world, self.steps = plan, rank, world, steps
+
+    def __iter__(self) -> Iterator[Item]:
+        for step in self.steps:
+            for name, index in self.plan.items(step, self.rank, self.world):
+                yield step, name, index
+
+
+def _read(source: Source, plan: Plan, draw: Draw, step: int, faults: list[Fault]) -> tuple[Any, Draw]:
+    """The unit of a draw, or of the first replacement that can be read, with the draw that was used."""
+    wanted = draw
+    for attempt in range(1, MAX_ATTEMPTS + 2):
+        try:
+            return source.samples.read(source.corpus, draw.unit), draw
+        except ValueError as error:
+            faults.append(_fault(source, draw.unit, error, step))
+        draw = plan.replacement(wanted, source.name, attempt)
+    raise RuntimeError(
+        f"{source.name}: {faults[-1].key} and {MAX_ATTEMPTS} units before it could not be used "
+        f"({faults[-1].reason}); verify the shards and the fields that are read"
+    )
+
+
+def _fault(source: Source, unit: int, error: ValueError, step: int) -> Fault:
+    if isinstance(error, CorruptSample):
+        return Fault(source.name, f"{error.shard}:{error.key}", error.reason, step)
+    is_sample = source.samples.size == len(source.corpus)
+    key = source.corpus.key(unit) if is_sample else f"{source.name}:unit {unit}"
+    return Fault(source.name, key, str(error), step)
+
+
+def _identity(item: Any) -> Any:
+    return item
+
+
+def _init_worker(_: int) -> None:
+    """The main process decides when to stop: a signal to the whole group must not end its workers first."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    gc.freeze()  # a collection over all of torch's objects took 60-80 ms

@@ -1,0 +1,55 @@
+"""How is a job done for each of many shards, on all cores, with one line of progress?"""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+Progress = Callable[[str], Any]
+
+_SECONDS_BETWEEN_LINES = 10.0
+_job: Callable[[Any], Any]  # of a worker process, set when it starts
+
+
+def map_shards(
+    job: Callable[[Any], Any], items: list[Any], workers: int | None, progress: Progress | None, what: str
+) -> list[Any]:
+    """[job(item) for item in items] in `workers` processes (None: one per core); the first error is raised.
+
+    The job is inherited by fork, so it may be a closure; items and results are pickled between our own
+    processes.
+    """
+    workers = min(workers or len(os.sched_getaffinity(0)), len(items))
+    started = shown = time.monotonic()
+    results = []
+    for result in _results(job, items, workers):
+        results.append(result)
+        if progress and time.monotonic() - shown > _SECONDS_BETWEEN_LINES:
+            shown = time.monotonic()
+            progress(f"{what} {len(results)} of {len(items)} shards")
+    if progress and items:
+        progress(f"{what} {len(items)} shards in {time.monotonic() - started:.1f} s")
+    return results
+
+
+def _results(job: Callable[[Any], Any], items: list[Any], workers: int) -> Iterator[Any]:
+    if workers <= 1:
+        yield from map(job, items)
+        return
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, mp_context=fork, initializer=_set_job, initargs=(job,)) as pool:
+        try:
+            yield from pool.map(_run_job, items)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _set_job(job: Callable[[Any], Any]) -> None:
+    global _job
+    _job = job
+
+
+def _run_job(item: Any) -> Any:
+    return _job(item)

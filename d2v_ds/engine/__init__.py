@@ -1,0 +1,1 @@
+"""DeepSpeed: building the engine, the partitioned EMA, checkpoints, the launch environment."""

@@ -1,0 +1,40 @@
+"""From a model and a recipe's numbers to a DeepSpeed engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from d2v_ds.model.data2vec import Data2Vec
+
+
+def parameter_groups(model: Data2Vec, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:
+    """Trainable parameters by (followed by the teacher, decayed): so no EMA is kept for a decoder.
+
+    One-dimensional parameters, biases and ALiBi scales are not decayed, unless `decay_all`, as fairseq did.
+    """
+    followed = {name for name, student, _ in model.followed() if student.requires_grad}
+    groups: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = decay_all or (parameter.ndim > 1 and not name.endswith("alibi_scale"))
+            groups.setdefault((name in followed, decays), []).append((name, parameter))
+    return [{"params": [p for _, p in members], "weight_decay": weight_decay if decays else 0.0}
+            for (_, decays), members in sorted(groups.items(), reverse=True)]
+
+
+def build_optimizer(model: Data2Vec, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+                    decay_all: bool) -> torch.optim.AdamW:
+    groups = parameter_groups(model, weight_decay, decay_all)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def build_engine(model: Data2Vec, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    """The engine over student and frozen teacher; only trainable parameters are in the optimizer."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine.parameter_names = {id(p): name for name, p in engine.module.named_parameters()}
+    return engine

@@ -1,0 +1,90 @@
+"""Who am I among the ranks: one answer for `deepspeed`, `torchrun`, `srun` and plain `python`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+
+def prepare_environment() -> tuple[int, int]:
+    """Sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not; (rank, world)."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        env.update(slurm_environment())
+    env.setdefault("RANK", "0")
+    env.setdefault("WORLD_SIZE", "1")
+    env.setdefault("LOCAL_RANK", "0")
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = str(free_port())
+    if not torch.cuda.is_available():
+        env.setdefault("DS_ACCELERATOR", "cpu")
+    # pip's ninja lies beside python, which an unactivated environment hides from DeepSpeed's operator builder
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
+    return int(env["RANK"]), int(env["WORLD_SIZE"])
+
+
+def slurm_environment() -> dict[str, str]:
+    """The variables that torch.distributed needs, from those that srun sets."""
+    env = os.environ
+    names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+    rank, local_rank, world = (env[name] for name in names)
+    return {
+        "RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": world,
+        "LOCAL_SIZE": re.split(r"[(,]", env.get("SLURM_TASKS_PER_NODE", world))[0],
+        "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(env["SLURM_JOB_NODELIST"]),
+        "MASTER_PORT": env.get("MASTER_PORT") or str(10_000 + int(env["SLURM_JOB_ID"]) % 50_000),
+    }
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a SLURM node list such as `gpu[003-007,9],login1`."""
+    try:
+        hosts = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+        return hosts.stdout.split()[0]
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no scontrol inside a container
+        match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodelist)
+        return match.group(1) + (match.group(2) or "")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_distributed(world: int, timeout_minutes: float = 30) -> torch.device:
+    """Joins the process group, quietly; the device this rank computes on."""
+    quiet()
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # NOTE: on a CPU DeepSpeed would compile a shared-memory operator at first use (a minute, g++ needed);
+    # gloo alone is as fast here, since gradients are reduced once a step.
+    if get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(),
+                               timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    get_accelerator().set_device(local_rank)
+    return torch.device(get_accelerator().device_name(local_rank))
+
+
+def quiet() -> None:
+    """DeepSpeed's messages at import and deprecations of torch's collectives that it calls."""
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*barrier.*device.*")

@@ -1,0 +1,57 @@
+"""One optimizer step over micro-batches of several modalities: one reduction, absent gradients count as zero.
+
+NOTE: left alone, ZeRO-3, and any stage with CPU offload, applies the *previous* gradient again to a parameter
+that got none in this step. Here every trainable parameter has a gradient, if only zeros, when the step's one
+reduction runs; tests compare each stage with plain AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def one_reduction(engine: Any) -> Iterator[None]:
+    """Backward passes inside leave their gradients on this rank; they are reduced together at the end."""
+    if engine.zero_optimization_stage() == 0:
+        with engine.no_sync():
+            yield
+        fill_absent(engine)
+        engine.allreduce_gradients()
+    else:
+        with engine.coalesce_grad_reduction():
+            yield
+            fill_absent(engine)
+
+
+def fill_absent(engine: Any) -> None:
+    """Zeros for parameters without a gradient: a modality that is absent, a layer that was dropped."""
+    for parameter in engine.module.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # a partitioned parameter is empty here
+            parameter.grad = torch.zeros(shape, dtype=parameter.dtype, device=engine.device)
+
+
+def apply_step(engine: Any) -> bool:
+    """Clips and updates; False if the gradients were not finite and the step was skipped, on all ranks alike."""
+    if is_plain(engine) and not finite_gradients(engine):
+        engine.zero_grad()
+        engine.global_steps += 1
+        engine.skipped_steps += 1
+        return False
+    engine.step()
+    return engine.was_step_applied()
+
+
+def is_plain(engine: Any) -> bool:
+    """Stage 0 in fp32, where DeepSpeed itself would apply gradients that are not finite."""
+    return isinstance(engine.optimizer, torch.optim.Optimizer)
+
+
+def finite_gradients(engine: Any) -> bool:
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))

@@ -1,0 +1,196 @@
+"""A recipe says WHAT is learned: model, masks, targets, batch, optimiser, length. Typed, validated, dumped to YAML.
+
+How a machine runs it stands in a ds_config, on which bytes in a shard index, what is different this time on
+the command line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import SerializeAsAny, ValidationError, field_validator, model_validator
+
+from d2v_ds.config import Config, dotted_keys, explain, nearest
+from d2v_ds.model.encoder import ModalityConfig
+from d2v_ds.model.layers import Body
+from d2v_ds.modalities import MODALITIES, config_class, known
+
+
+class EMA(Config):
+    """The teacher's decay tau: linear from `start` to `end` over `anneal_steps`, counted in applied steps."""
+
+    start: float = 0.999
+    end: float = 0.99999
+    anneal_steps: int = 75_000
+
+
+class Optim(Config):
+    """AdamW with a cosine schedule: linear warm-up from 0, then down to `min_lr` at the last step."""
+
+    lr: float = 7.5e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    warmup_steps: int = 8_000
+    min_lr: float = 0.0
+    clip: float = 0.0
+    """Largest global gradient norm; 0 = no clipping."""
+
+
+class Train(Config):
+    steps: int = 400_000
+    log_every: int = 50
+    save_every: int = 5_000
+    keep_checkpoints: int = 2
+    workers: int = 2
+    """Data workers of each rank; 0 reads in the training process."""
+    skip_limit: int = 10
+    """Steps in a row that may be skipped for gradients that are not finite."""
+    max_bad_share: float = 0.001
+    """Share of unreadable samples above which a run stops."""
+    timeout_minutes: float = 30.0
+    """How long a rank waits for the others."""
+
+
+class Recipe(Config):
+    name: str
+    modalities: dict[str, SerializeAsAny[ModalityConfig]]
+    body: Body = Body()
+    ema: EMA = EMA()
+    optim: Optim = Optim()
+    train: Train = Train()
+    data: str = "shards/sample"
+    """Folder of shards, or a pattern: a{000..123}.tar, *.tar, several joined by `::`."""
+    out: str | None = None
+    """Run folder; None = checkpoints/<name>."""
+    seed: int = 1
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Decides a ds_config's "auto"; auto = bf16 where the hardware has it, else fp32."""
+    fairseq_compat: bool = False
+    """Does as fairseq does where that differs from the paper (docs/decisions.md lists all)."""
+
+    @field_validator("modalities", mode="before")
+    @classmethod
+    def typed_modalities(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: settings if isinstance(settings, ModalityConfig) else config_class(known(name))(**settings)
+                for name, settings in value.items()}
+
+    @model_validator(mode="after")
+    def consistent(self) -> Recipe:
+        if not self.modalities:
+            raise ValueError(f"modalities is empty; name at least one of {', '.join(MODALITIES)}")
+        if self.train.steps < 1:
+            raise ValueError(f"train.steps={self.train.steps} must be at least 1")
+        if self.body.dim % self.body.heads:
+            raise ValueError(f"body.dim={self.body.dim} must be a multiple of body.heads={self.body.heads}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out or f"checkpoints/{self.name}")
+
+    def hash(self) -> str:
+        """Of what must not change when a run is resumed: all but how long, where, and how it is watched."""
+        kept = {k: v for k, v in dotted_keys(self).items() if k not in FREE and not k.endswith(".data.shards")}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+FREE = {"name", "out", "data", "precision", "train.steps", "train.log_every", "train.save_every",
+        "train.keep_checkpoints", "train.workers", "train.skip_limit", "train.max_bad_share", "train.timeout_minutes"}
+
+
+def recipes() -> dict[str, Any]:
+    """Every shipped recipe by name: public functions of the modalities' `recipes.py` and of the joint ones."""
+    modules = [import_module(f"d2v_ds.modalities.{name}.recipes") for name in MODALITIES]
+    modules.append(import_module("d2v_ds.modalities.multimodal"))
+    return {name: function for module in modules for name, function in vars(module).items()
+            if getattr(function, "__module__", "") == module.__name__ and callable(function)
+            and not name.startswith("_")}
+
+
+def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A shipped recipe by name, or a YAML file, with `key=value` overrides applied.
+
+    Raises ValueError for an unknown recipe or key (naming the nearest) and for a value that does not fit.
+    """
+    if name.endswith((".yaml", ".yml")):
+        recipe = read_yaml(Path(name))
+    else:
+        known_recipes = recipes()
+        if name not in known_recipes:
+            raise ValueError(f"unknown recipe '{name}'{nearest(name, known_recipes)}")
+        recipe = known_recipes[name]()
+    return override(recipe, overrides)
+
+
+def read_yaml(path: Path) -> Recipe:
+    if not path.is_file():
+        raise ValueError(f"recipe file {path} does not exist; give a YAML file or one of {', '.join(recipes())}")
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return validated(settings, str(path))
+
+
+def write_yaml(recipe: Recipe, path: Path) -> None:
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def override(recipe: Recipe, assignments: list[str] | tuple[str, ...]) -> Recipe:
+    """The recipe with `dotted.key=value` applied; a value is read as YAML (1e-3, true, [0.9, 0.95], text)."""
+    settings = recipe.model_dump()
+    leaves = dotted_keys(recipe)
+    for assignment in assignments:
+        key, sep, text = assignment.partition("=")
+        if not sep:
+            raise ValueError(f"'{assignment}' is no key=value; for example train.steps=1000")
+        if not is_known(key, leaves, recipe):
+            raise ValueError(f"unknown key '{key}'{nearest(key, leaves)}")
+        *parents, last = key.split(".")
+        target = settings
+        for parent in parents:
+            if target.get(parent) is None:
+                target[parent] = {}
+            target = target[parent]
+        target[last] = parse_value(text)
+    return validated(settings, "recipe")
+
+
+def is_known(key: str, leaves: dict[str, Any], recipe: Recipe) -> bool:
+    if key in leaves:
+        return True
+    parent = key.rsplit(".", 1)[0]  # a group that is None by default, such as modalities.image.alibi
+    return parent in leaves and leaves[parent] is None
+
+
+def parse_value(text: str) -> Any:
+    """YAML, where 1e-3 is a number too and an empty text stays one."""
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text) if text else ""
+    except (ValueError, yaml.YAMLError):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            return text
+
+
+def validated(settings: dict[str, Any], source: str) -> Recipe:
+    try:
+        return Recipe(**settings)
+    except ValidationError as error:
+        names = [k for name in MODALITIES for k in config_class(name).model_fields]
+        raise explain(error, [*names, *all_keys(Recipe)], source) from error
+
+
+def all_keys(config: type[Config]) -> list[str]:
+    keys = []
+    for name, field in config.model_fields.items():
+        keys.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            keys += [f"{name}.{k}" for k in all_keys(field.annotation)]
+    return keys

@@ -1,0 +1,1 @@
+"""The loop: schedules, log, health, and the run that holds them together."""

@@ -1,0 +1,93 @@
+"""What a run writes down: a progress line, metrics.jsonl, TensorBoard, and a plot of the losses at the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+
+class Log:
+    """Rank 0's record of a run; a resumed run continues it, without what came after the checkpoint."""
+
+    def __init__(self, folder: Path, first_step: int, total: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder, self.total = folder, total
+        for name in ("metrics.jsonl", "health.jsonl"):
+            forget_after(folder / name, first_step)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self.started, self.first_step = time.perf_counter(), first_step
+
+    def step(self, step: int, metrics: dict[str, float], health: dict[str, float], samples_per_second: float) -> None:
+        """Everything about step number `step` (1-based)."""
+        append(self.folder / "metrics.jsonl", {"step": step, **metrics})
+        append(self.folder / "health.jsonl", {"step": step, **health})
+        for key, value in (metrics | health).items():
+            self.writer.add_scalar(key, value, step)
+        self.writer.flush()
+        print(self.line(step, metrics, health, samples_per_second), flush=True)
+
+    def line(self, step: int, metrics: dict[str, float], health: dict[str, float], rate: float) -> str:
+        seconds = (time.perf_counter() - self.started) / max(1, step - self.first_step)
+        left = timedelta(seconds=round(seconds * (self.total - step)))
+        losses = "  ".join(f"{key.split('/')[0]} {value:.3f} (content {health[key.split('/')[0] + '/content']:.2f})"
+                           for key, value in metrics.items() if key.endswith("/loss"))
+        return (f"step {step}/{self.total}  loss {losses}  lr {metrics['lr']:.1e}  "
+                f"{rate:.0f} samples/s  {seconds:.2f} s/step  ETA {left}")
+
+    def close(self) -> Path | None:
+        self.writer.close()
+        return plot_losses(self.folder)
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drops the rows of steps that are done again after a resume, and a row that a crash cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= step:
+            kept.append(line)
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def plot_losses(folder: Path) -> Path | None:
+    """losses.png: loss and content of each modality over steps."""
+    rows, health = read_rows(folder / "metrics.jsonl"), read_rows(folder / "health.jsonl")
+    names = [key.removesuffix("/loss") for key in (rows[0] if rows else {}) if key.endswith("/loss")]
+    if len(rows) < 2:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(names), figsize=(4 * len(names), 6), squeeze=False, sharex=True)
+    for column, name in enumerate(names):
+        axes[0][column].plot([r["step"] for r in rows], [r[f"{name}/loss"] for r in rows])
+        axes[0][column].set(title=name, ylabel="loss a masked token" if column == 0 else "")
+        axes[1][column].plot([r["step"] for r in health], [r[f"{name}/content"] for r in health])
+        axes[1][column].set(xlabel="step", ylabel="content of targets" if column == 0 else "", ylim=(0, 1.05))
+        for row in (0, 1):
+            axes[row][column].grid(alpha=0.3)
+    figure.tight_layout()
+    path = folder / "losses.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

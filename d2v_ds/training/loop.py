@@ -1,0 +1,190 @@
+"""The training step, on one screen: student, teacher, loss, step, EMA.
+
+The student looks at the masked views, the teacher at the whole sample; the loss compares them at the masked
+positions (all in the model's forward pass); the engine steps; the teacher follows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from d2v_ds.data import MicroBatch, seed_of
+from d2v_ds.engine.ema import anneal
+from d2v_ds.engine.step import apply_step, one_reduction
+from d2v_ds.model.batch import Batch
+from d2v_ds.model.data2vec import Output
+from d2v_ds.training.health import Health
+from d2v_ds.training.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from d2v_ds.training.run import Run
+
+
+def run_steps(run: Run) -> None:
+    """From the run's step to the last one, with log and checkpoints on the way."""
+    recipe, engine = run.recipe, run.engine
+    engine.train()
+    skipped = 0
+    clock = Clock()
+    for micro_batches in run.loader:
+        clock.got_data()
+        is_logged = is_due(run.step + 1, recipe.train.log_every, recipe.train.steps)
+        report = Report(is_logged)
+        set_learning_rate(engine, learning_rate(recipe.optim, run.step, recipe.train.steps))
+        sizes = count_targets(run, micro_batches)
+
+        with one_reduction(engine):
+            for micro in micro_batches:
+                batch = prepare(run, micro)
+                output = engine(batch)
+                engine.backward(output.loss * scale(run, micro.modality, sizes))
+                report.observe(batch, output)
+        if apply_step(engine):
+            run.applied += 1
+            run.ema.update(anneal(recipe.ema.start, recipe.ema.end, recipe.ema.anneal_steps, run.applied))
+            skipped = 0
+        else:
+            skipped += 1
+        run.step += 1
+
+        record_faults(run, micro_batches)
+        if skipped:
+            complain(run, micro_batches, skipped)
+        clock.did_step()
+        if is_logged:
+            write_log(run, report, sizes, clock)
+        if is_due(run.step, recipe.train.save_every, recipe.train.steps, first=False):
+            run.save()
+        clock.start()
+    if run.log:
+        plot = run.log.close()
+        run.say(f"finished {run.step} steps; losses: {plot}; TensorBoard: {run.folder / 'tensorboard'}")
+
+
+def prepare(run: Run, micro: MicroBatch) -> Batch:
+    """The batch on its device, and the random state of its forward pass.
+
+    Dropout and decoder noise are functions of (seed, step, modality, micro-batch), layer drop of the first
+    three, so nothing random is stored and a step is the same at any number of ranks.
+    """
+    seed = run.recipe.seed
+    torch.manual_seed(seed_of(seed, "forward", run.step, micro.modality, micro.index))
+    batch = micro.batch.to(run.device, next(run.engine.module.parameters()).dtype)
+    return dataclasses.replace(batch, layerdrop_seed=seed_of(seed, "layerdrop", run.step, micro.modality))
+
+
+def count_targets(run: Run, micro_batches: list[MicroBatch]) -> dict[str, Tensor]:
+    """Masked tokens of each modality in this step, over all ranks and micro-batches."""
+    names = sorted(run.recipe.modalities)
+    counts = dict.fromkeys(names, 0.0)
+    for micro in micro_batches:
+        counts[micro.modality] += num_targets(micro.batch, run.recipe.fairseq_compat)
+    total = torch.tensor([counts[name] for name in names], dtype=torch.float64, device=run.device)
+    dist.all_reduce(total)
+    return dict(zip(names, total, strict=True))
+
+
+def num_targets(batch: Batch, fairseq_compat: bool) -> int:
+    if batch.padding_BT is None or fairseq_compat:
+        return batch.masked_NJ.numel()
+    return int((batch.mask_NT & ~batch.padding_BT.repeat_interleave(batch.clones, dim=0)).sum())
+
+
+def scale(run: Run, modality: str, sizes: dict[str, Tensor]) -> Tensor:
+    """Makes a micro-batch's summed loss its share of the mean over the step; the engine averages over ranks."""
+    return (run.recipe.modalities[modality].loss.weight * run.world / sizes[modality]).float()
+
+
+def set_learning_rate(engine: torch.nn.Module, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def is_due(step: int, every: int, last: int, first: bool = True) -> bool:
+    """Step numbers from 1: every n-th, the last, and the first unless told otherwise."""
+    return step == last or step % every == 0 or (first and step == 1)
+
+
+class Report:
+    """Sums over the micro-batches of a step that will be logged."""
+
+    def __init__(self, is_wanted: bool):
+        self.is_wanted = is_wanted
+        self.health = Health()
+        self.sums: dict[str, Tensor] = {}
+
+    def observe(self, batch: Batch, output: Output) -> None:
+        if not self.is_wanted:
+            return
+        self.health.observe(batch, output)
+        for part, value in {"loss": output.loss.detach(), **output.losses}.items():
+            key = f"{batch.modality}/{part}"
+            self.sums[key] = self.sums.get(key, 0) + value.double()
+
+    def losses(self, sizes: dict[str, Tensor]) -> dict[str, float]:
+        """Mean a masked token, over all ranks."""
+        keys = sorted(self.sums)
+        total = torch.stack([self.sums[key] for key in keys])
+        dist.all_reduce(total)
+        return {key: (value / sizes[key.split("/")[0]]).item() for key, value in zip(keys, total, strict=True)}
+
+
+class Clock:
+    """Seconds of steps since the last log, and how many of them were spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.steps, self.total, self.waited = 0, 0.0, 0.0
+        self.start()
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    def got_data(self) -> None:
+        self.waited += time.perf_counter() - self.began
+
+    def did_step(self) -> None:
+        self.total += time.perf_counter() - self.began
+        self.steps += 1
+
+
+def record_faults(run: Run, micro_batches: list[MicroBatch]) -> None:
+    faults = [fault for micro in micro_batches for fault in micro.faults]
+    if faults or run.faults.counts:
+        seen = (run.step * sum(s.batch * s.micro_batches for s in run.sources)) // run.world
+        run.faults.add(faults, seen)
+
+
+def complain(run: Run, micro_batches: list[MicroBatch], skipped: int) -> None:
+    """A step without finite gradients: say which, and stop after too many in a row."""
+    run.say(f"warning: step {run.step} was skipped, its gradients are not finite ({skipped} in a row)")
+    if skipped >= run.recipe.train.skip_limit:
+        raise RuntimeError(f"{skipped} steps in a row had gradients that are not finite (train.skip_limit="
+                           f"{run.recipe.train.skip_limit}); lower optim.lr or set precision=fp32, and start again: "
+                           "the run goes on from its last checkpoint")
+
+
+def write_log(run: Run, report: Report, sizes: dict[str, Tensor], clock: Clock) -> None:
+    losses, health = report.losses(sizes), report.health.values()
+    recipe, engine = run.recipe, run.engine
+    samples = sum(s.batch * s.micro_batches for s in run.sources)
+    rate = samples * clock.steps / clock.total
+    norm = engine.get_global_grad_norm()
+    metrics = losses | {
+        "lr": engine.optimizer.param_groups[0]["lr"],
+        "tau": anneal(recipe.ema.start, recipe.ema.end, recipe.ema.anneal_steps, run.applied),
+        "grad_norm": float(norm) if norm is not None else float("nan"),
+        "applied_steps": run.applied, "skipped_steps": run.step - run.applied,
+        "samples_per_second": rate, "data_wait_share": clock.waited / clock.total,
+    }
+    if run.log:
+        run.log.step(run.step, metrics, health, rate)
+    clock.reset()

@@ -1,0 +1,269 @@
+"""A run from its recipe to its last checkpoint: the same for `train.py`, `d2v train` and `d2v_ds.train`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from d2v_ds.config import dotted_keys
+from d2v_ds.data import FaultLog, Plan, Source, StepLoader
+from d2v_ds.engine import checkpoint as checkpoints
+from d2v_ds.engine.build import build_engine, build_optimizer
+from d2v_ds.engine.ds_config import find_config, read_config, resolve_config
+from d2v_ds.engine.ema import TeacherEMA
+from d2v_ds.engine.launch import prepare_environment, start_distributed
+from d2v_ds.modalities.build import build_model
+from d2v_ds.modalities.source import open_source
+from d2v_ds.recipe import FREE, Recipe, load_recipe, write_yaml
+from d2v_ds.training.arguments import parse_arguments
+from d2v_ds.training.log import Log
+from d2v_ds.training.loop import run_steps
+
+
+@dataclass
+class Run:
+    """Everything the loop needs."""
+
+    recipe: Recipe
+    engine: Any
+    ema: TeacherEMA
+    plan: Plan
+    sources: list[Source]
+    device: torch.device
+    rank: int
+    world: int
+    step: int
+    """Steps done, skipped ones included: the position in the data."""
+    applied: int
+    """Steps that changed the weights: what tau counts."""
+    log: Log | None
+    faults: FaultLog
+    loader: StepLoader | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.folder
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def save(self) -> None:
+        """Commits a checkpoint; all ranks call it."""
+        loop = {"applied_steps": self.applied, "recipe": self.recipe.model_dump(mode="json"),
+                "recipe_hash": self.recipe.hash(), "data": fingerprints(self.sources)}
+        path = checkpoints.save(self.engine, self.ema, self.folder, self.step, loop, self.recipe.train.keep_checkpoints)
+        self.say(f"saved {path}")
+
+
+def train(recipe: str | Recipe = "multimodal_tiny", data: str | None = None, out: str | None = None,
+          deepspeed: str | None = None, **settings: Any) -> Path:
+    """Trains, or goes on with, a run; returns its folder.
+
+    `settings` are recipe keys with `.` written as `__`: train__steps=100, optim__lr=1e-3. Alone it is one
+    rank; under a launcher every rank calls it.
+    """
+    assignments = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in settings.items()]
+    assignments += [f"{key}={value}" for key, value in (("data", data), ("out", out)) if value is not None]
+    if isinstance(recipe, Recipe):
+        from d2v_ds.recipe import override
+
+        resolved = override(recipe, assignments)
+    else:
+        resolved = load_recipe(recipe, assignments)
+    return train_recipe(resolved, deepspeed)
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """The command line; a user's mistake is one line on stderr and exit code 2."""
+    arguments = parse_arguments(argv, prog)
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        if arguments.print_recipe:
+            print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
+            return 0
+        train_recipe(recipe, arguments.deepspeed)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def train_recipe(recipe: Recipe, deepspeed: str | None) -> Path:
+    rank, world = prepare_environment()
+    config_path = find_config(deepspeed)
+    ds_config = resolve_config(read_config(config_path), clip=recipe.optim.clip, lr=recipe.optim.lr,
+                               betas=recipe.optim.betas, eps=recipe.optim.eps,
+                               weight_decay=recipe.optim.weight_decay, precision=recipe.precision,
+                               dim=recipe.body.dim, path=str(config_path))
+    check_ranks(recipe, world)
+    device = start_distributed(world, recipe.train.timeout_minutes)
+    start, problems = choose_checkpoint(recipe.folder)
+    if rank == 0:
+        for problem in problems:
+            print(f"warning: {problem}; taking an older checkpoint", file=sys.stderr, flush=True)
+    saved = checkpoints.Checkpoint(start) if start else None
+    if saved:
+        check_same_recipe(recipe, saved)
+        if saved.loop["step"] >= recipe.train.steps:
+            if rank == 0:
+                print(f"{recipe.folder} is finished: {saved.loop['step']} of {recipe.train.steps} steps are done; "
+                      "set train.steps higher to go on, or out= to start anew", flush=True)
+            return recipe.folder
+    sources = open_sources(recipe, rank)
+    if saved:
+        check_same_data(sources, saved)
+    agree({"recipe": recipe.hash(), "data": fingerprints(sources), "steps": recipe.train.steps,
+           "checkpoint": str(start)})
+    run = build_run(recipe, ds_config, sources, saved, device, rank, world)
+    run_steps(run)
+    return recipe.folder
+
+
+def check_ranks(recipe: Recipe, world: int) -> None:
+    """Before any work: every modality's micro-batches must divide among the ranks."""
+    for name, config in recipe.modalities.items():
+        n = config.data.micro_batches
+        if n % world:
+            fits = [r for r in range(1, n + 1) if n % r == 0]
+            raise ValueError(
+                f"modalities.{name}.data.micro_batches={n} does not divide among {world} ranks; start one of {fits} "
+                f"ranks, or set it to a multiple such as {-(-n // world) * world} (and batch to keep their product)")
+
+
+def choose_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """What rank 0 finds, for all ranks: the newest checkpoint that verifies."""
+    found: list[Any] = [None, []]
+    if dist.get_rank() == 0:
+        found = list(checkpoints.newest(folder))
+    dist.broadcast_object_list(found)
+    if found[0] is None and found[1]:
+        raise ValueError(f"no checkpoint in {folder} is whole ({'; '.join(found[1])}); "
+                         "move the folder away, or set out= to start anew")
+    return found[0], found[1]
+
+
+def check_same_recipe(recipe: Recipe, saved: checkpoints.Checkpoint) -> None:
+    if saved.loop["recipe_hash"] == recipe.hash():
+        return
+    old, new = dotted_keys(Recipe(**saved.loop["recipe"])), dotted_keys(recipe)
+    changed = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys())
+               if old.get(key) != new.get(key) and key not in FREE and not key.endswith(".data.shards")]
+    raise ValueError(f"{saved.folder} is of another recipe ({'; '.join(changed[:10])}); "
+                     "give the same values to go on with it, or another out= to start anew")
+
+
+def open_sources(recipe: Recipe, rank: int) -> list[Source]:
+    """Rank 0 builds what is missing of the index, then all read it; an error of rank 0 reaches all."""
+    outcome: list[str | None] = [None]
+    sources: list[Source] = []
+    if rank == 0:
+        try:
+            sources = [open_source(name, config, recipe.data) for name, config in recipe.modalities.items()]
+        except ValueError as error:
+            outcome = [str(error)]
+    dist.broadcast_object_list(outcome)
+    if outcome[0]:
+        raise ValueError(outcome[0])
+    return sources or [open_source(name, config, recipe.data) for name, config in recipe.modalities.items()]
+
+
+def fingerprints(sources: list[Source]) -> dict[str, str]:
+    return {s.name: s.corpus.fingerprint for s in sources}
+
+
+def check_same_data(sources: list[Source], saved: checkpoints.Checkpoint) -> None:
+    for name, fingerprint in fingerprints(sources).items():
+        if saved.loop["data"].get(name) != fingerprint:
+            raise ValueError(f"the shards of {name} are not those {saved.folder} was trained on "
+                             f"(fingerprint {fingerprint[:12]}, was {str(saved.loop['data'].get(name))[:12]}); "
+                             "give the same data=, or another out= to start anew")
+
+
+def agree(facts: dict[str, Any]) -> None:
+    """All ranks must be about to do the same: an error now instead of a hang later."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, facts)
+    for rank, other in enumerate(everyone):
+        for key, value in facts.items():
+            if other[key] != value:
+                raise ValueError(f"rank {rank} has {key} {other[key]}, rank {dist.get_rank()} has {value}; "
+                                 "all ranks must see the same command, files and checkpoints")
+
+
+def build_run(recipe: Recipe, ds_config: dict[str, Any], sources: list[Source], saved: checkpoints.Checkpoint | None,
+              device: torch.device, rank: int, world: int) -> Run:
+    torch.manual_seed(recipe.seed)  # equal on all ranks: so are the fresh weights
+    model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat)
+    optim = recipe.optim
+    optimizer = build_optimizer(model, lr=optim.lr, betas=optim.betas, eps=optim.eps,
+                                weight_decay=optim.weight_decay, decay_all=recipe.fairseq_compat)
+    engine = build_engine(model, optimizer, ds_config)
+    ema = TeacherEMA(engine)
+    step = applied = 0
+    if saved:
+        step, applied = saved.loop["step"], saved.loop["applied_steps"]
+        checkpoints.load(engine, ema, saved, applied)
+    plan = Plan(recipe.seed, [s.stream for s in sources])
+    log = None
+    if rank == 0:
+        write_run_files(recipe, ds_config, sources, world)
+        log = Log(recipe.folder, step, recipe.train.steps)
+    faults = FaultLog(recipe.folder / "quarantine.jsonl", recipe.train.max_bad_share)
+    run = Run(recipe, engine, ema, plan, sources, device, rank, world, step, applied, log, faults)
+    run.loader = StepLoader(sources, plan, rank, world, step, recipe.train.steps, recipe.train.workers)
+    introduce(run, ds_config, saved)
+    return run
+
+
+def introduce(run: Run, ds_config: dict[str, Any], saved: checkpoints.Checkpoint | None) -> None:
+    """What is about to happen, in a few lines."""
+    recipe, engine = run.recipe, run.engine
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
+    dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
+    run.say(f"{recipe.name}: {trained / 1e6:.1f} M parameters, ZeRO-{engine.zero_optimization_stage()}, {dtype}, "
+            f"{run.world} rank{'s' * (run.world > 1)} on {run.device.type}, run folder {recipe.folder}")
+    for source in run.sources:
+        epochs = run.plan.epochs(recipe.train.steps)[source.name]
+        run.say(f"  {source.name}: {source.samples.size} units in {len(source.corpus.indexes)} shards, "
+                f"{source.batch * source.micro_batches} a step, {epochs:.2f} epochs in {recipe.train.steps} steps")
+    if saved:
+        run.say(f"resuming from {saved.folder}: {run.step} of {recipe.train.steps} steps are done")
+
+
+def write_run_files(recipe: Recipe, ds_config: dict[str, Any], sources: list[Source], world: int) -> None:
+    folder = recipe.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(recipe, folder / "recipe.yaml")
+    (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2), encoding="utf-8")
+    (folder / "environment.json").write_text(json.dumps(environment(world), indent=2), encoding="utf-8")
+    for source in sources:
+        for file in getattr(source.samples, "files", ()):  # what an export needs to stand alone: a tokenizer
+            if file.resolve() != (folder / file.name).resolve():
+                shutil.copyfile(file, folder / file.name)
+
+
+def environment(world: int) -> dict[str, Any]:
+    import deepspeed
+
+    import d2v_ds
+
+    return {"d2v_ds": d2v_ds.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__,
+            "python": platform.python_version(), "machine": platform.platform(), "world_size": world,
+            "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "command": sys.argv, "threads": torch.get_num_threads(), "pid": os.getpid()}
+

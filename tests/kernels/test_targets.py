@@ -1,0 +1,333 @@
+"""The teacher's targets: reference and kernels against float64, and what the kernels compile to.
+
+Triton reads TRITON_INTERPRET when it is imported (its own tl.sum is decorated then), and any module may have
+imported it before this one. So one child process runs all interpreted cases: this file as a script.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from d2v_ds.kernels import targets
+from d2v_ds.kernels.targets import has_kernel, make_targets, make_targets_reference, make_targets_triton
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    B: int
+    T: int
+    D: int
+    K: int
+    per_layer: str = "instance"
+    final: tuple[str, ...] = ()
+    skip: int = 0
+    padding: str = "none"  # or "tail": last sample has one real token; "full": last sample has none
+    dtype: str = "float32"
+    offset: float = 0.0  # added to every input
+    out: str = "float32"
+
+    def __str__(self) -> str:
+        return "-".join(str(value) for value in dataclasses.astuple(self))
+
+
+SHAPES = [(1, 1, 8, 1), (2, 7, 37, 3), (3, 37, 8, 5), (2, 101, 37, 3), (1, 37, 96, 1), (2, 101, 96, 5)]
+NORMS = [
+    ("instance", ()),
+    ("instance", ("layer",)),
+    ("layer", ("instance",)),
+    ("layer", ()),
+    ("none", ()),
+    ("none", ("layer", "instance")),
+    ("instance", ("layer", "instance")),
+]
+DTYPES = ["float32", "bfloat16", "float16"]
+GRID = [
+    Case(*shape, *norms, skip=i % 2, padding=("none", "tail")[i // 2 % 2], dtype=DTYPES[i % 3])
+    for i, (shape, norms) in enumerate(itertools.product(SHAPES, NORMS))
+]
+EDGES = [
+    Case(2, 13, 8, 2, padding="full"),
+    Case(2, 13, 8, 2, "layer", ("instance",), padding="full"),
+    Case(2, 67, 8, 2, offset=1000.0),
+    Case(2, 13, 67, 2, "layer", offset=1000.0),
+    Case(1, 3, 2039, 2, "layer", ("instance",), dtype="bfloat16"),
+    Case(2, 13, 37, 2, padding="tail", out="bfloat16"),
+    Case(2, 13, 37, 2, "instance", ("layer", "instance"), dtype="float16", out="float16"),
+    # Longer than one tile: the two-pass kernel, also for the final norm.
+    Case(2, 1031, 19, 3, skip=1, dtype="bfloat16"),
+    Case(2, 1031, 19, 2, "layer", ("instance",), padding="tail"),
+    Case(2, 1031, 8, 2, padding="full", dtype="float16"),
+    Case(1, 4093, 8, 2, offset=1000.0),
+]
+CASES = GRID + EDGES
+
+
+def make_inputs(case: Case, device: str = "cpu") -> tuple[list[Tensor], Tensor | None]:
+    """K slices of one bigger tensor, so neither rows nor samples are adjacent; padded inputs are NaN."""
+    generator = torch.Generator().manual_seed(case.T * 1000 + case.D)
+    storage = torch.randn(case.B, case.K, case.skip + case.T + 2, case.D + 8, generator=generator) * 2
+    storage += 0.5 + case.offset
+    padding_BT = None
+    if case.padding != "none":
+        lengths = [max(1, case.T * 2 // 3)] * case.B
+        lengths[-1] = {"tail": 1, "full": 0}[case.padding]
+        padding_BT = torch.arange(case.T)[None] >= torch.tensor(lengths)[:, None]
+        storage[:, :, case.skip : -2].masked_fill_(padding_BT[:, None, :, None], torch.nan)
+    storage = storage.to(device, getattr(torch, case.dtype))
+    layers = [storage[:, k, :-2, : case.D] for k in range(case.K)]
+    return layers, None if padding_BT is None else padding_BT.to(device)
+
+
+def expected(case: Case, layers: list[Tensor], padding_BT: Tensor | None) -> np.ndarray:
+    """The definition in float64, sample by sample, over the real tokens alone."""
+
+    def normalize(x: np.ndarray, norm: str) -> np.ndarray:
+        axes = {"instance": 0, "layer": 1}
+        if norm == "none" or len(x) == 0:
+            return x
+        mean, variance = x.mean(axes[norm], keepdims=True), x.var(axes[norm], keepdims=True)
+        return (x - mean) / np.sqrt(variance + 1e-5)
+
+    result = np.zeros((case.B, case.T, case.D))
+    for b in range(case.B):
+        is_real = np.ones(case.T, dtype=bool) if padding_BT is None else ~padding_BT[b].cpu().numpy()
+        inputs = [layer[b, case.skip :].double().cpu().numpy()[is_real] for layer in layers]
+        mean = sum(normalize(x, case.per_layer) for x in inputs) / case.K
+        for norm in case.final:
+            mean = normalize(mean, norm)
+        result[b, is_real] = mean
+    return result
+
+
+def options(case: Case, padding_BT: Tensor | None) -> dict:
+    dtype = getattr(torch, case.out)
+    return dict(
+        per_layer=case.per_layer, final=case.final, skip=case.skip, padding_BT=padding_BT, dtype=dtype
+    )
+
+
+def tolerance(case: Case) -> float:
+    if case.out != "float32":
+        return 4 * torch.finfo(getattr(torch, case.out)).eps  # half a step of values below 8
+    # At offset 1000 an fp32 input step is 6e-5; E[x^2] - E[x]^2 would be wrong by 6e-2 there.
+    return 1e-3 if case.offset else 1e-5
+
+
+def kernel_error(case: Case, device: str) -> float:
+    """Largest error of the kernels against float64, every buffer full of NaN before they write."""
+
+    def allocate_poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+    layers, padding_BT = make_inputs(case, device)
+    plain_allocate, targets._allocate = targets._allocate, allocate_poisoned
+    try:
+        target_BTD = make_targets_triton(layers, **options(case, padding_BT))
+    finally:
+        targets._allocate = plain_allocate
+    return float(np.abs(target_BTD.double().cpu().numpy() - expected(case, layers, padding_BT)).max())
+
+
+@pytest.fixture(scope="module")
+def interpreted_errors() -> dict[str, float]:
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    child = subprocess.run(
+        [sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300, cwd=Path.cwd()
+    )
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_interpreted_kernel_equals_float64(case: Case, interpreted_errors: dict[str, float]) -> None:
+    """NaN fails too: no element is left unwritten, no padded input leaks."""
+    assert interpreted_errors[str(case)] < tolerance(case)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gpu_kernel_equals_float64(case: Case) -> None:
+    """The same cases, compiled."""
+    assert kernel_error(case, "cuda") < tolerance(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_equals_float64(case: Case) -> None:
+    """The slow truth is true."""
+    layers, padding_BT = make_inputs(case)
+    target_BTD = make_targets_reference(layers, **options(case, padding_BT))
+    assert target_BTD.dtype == getattr(torch, case.out)
+    assert np.abs(target_BTD.double().numpy() - expected(case, layers, padding_BT)).max() < tolerance(case)
+
+
+def test_batch_norm_is_over_real_tokens_of_all_samples() -> None:
+    """Float64 statistics per channel over the rows that are not padded."""
+    layers, padding_BT = make_inputs(Case(3, 11, 7, 2, padding="tail"))
+    real = [layer[~padding_BT].double() for layer in layers]
+    mean = sum((x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt() for x in real) / 2
+    target_BTD = make_targets(layers, per_layer="batch", padding_BT=padding_BT)
+    torch.testing.assert_close(target_BTD[~padding_BT].double(), mean, atol=1e-5, rtol=0)
+    assert not target_BTD[padding_BT].any()
+
+
+@pytest.mark.parametrize(("per_layer", "final"), [*NORMS, ("batch", ())])
+def test_without_padding_equals_fairseq(per_layer: str, final: tuple[str, ...]) -> None:
+    """The torch functions that fairseq calls, in its order, over all T."""
+
+    def fairseq(x_BTD: Tensor, norm: str) -> Tensor:
+        x_BDT = x_BTD.transpose(1, 2)
+        if norm == "batch":
+            return F.batch_norm(x_BDT, None, None, training=True).transpose(1, 2)
+        if norm == "instance":
+            return F.instance_norm(x_BDT).transpose(1, 2)
+        return F.layer_norm(x_BTD, x_BTD.shape[-1:]) if norm == "layer" else x_BTD
+
+    layers, _ = make_inputs(Case(3, 11, 7, 3, skip=1))
+    mean_BTD = sum(fairseq(layer[:, 1:].float(), per_layer) for layer in layers) / 3
+    for norm in final:
+        mean_BTD = fairseq(mean_BTD, norm)
+    target_BTD = make_targets(layers, per_layer=per_layer, final=final, skip=1)
+    torch.testing.assert_close(target_BTD, mean_BTD, atol=2e-6, rtol=0)
+
+
+def test_target_has_no_gradient_and_the_asked_dtype() -> None:
+    """Called outside no_grad on inputs that want one."""
+    layers = [torch.randn(2, 5, 7, requires_grad=True) for _ in range(2)]
+    target_BTD = make_targets(layers, final=("layer",), dtype=torch.bfloat16)
+    assert not target_BTD.requires_grad
+    assert target_BTD.dtype == torch.bfloat16
+
+
+def test_kernel_is_not_offered_where_it_would_be_wrong() -> None:
+    """Unequal strides or dtypes, channels apart, and batch norm go to the reference, which takes them."""
+    pytest.importorskip("triton")
+    x_BTD = torch.randn(2, 5, 7)
+    transposed_BTD = torch.randn(2, 7, 5).transpose(1, 2)
+    assert has_kernel([x_BTD, x_BTD], "instance")
+    assert not has_kernel([x_BTD, x_BTD], "batch")
+    assert not has_kernel([x_BTD, torch.randn(2, 6, 7)[:, 1:]], "instance")
+    assert not has_kernel([x_BTD, x_BTD.half()], "instance")
+    assert not has_kernel([transposed_BTD, transposed_BTD], "instance")
+    assert make_targets([x_BTD, transposed_BTD]).shape == (2, 5, 7)
+
+
+def test_module_works_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without the wheel has the reference."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    spec = importlib.util.spec_from_file_location("targets_without_triton", targets.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    layers = [torch.randn(2, 5, 7) for _ in range(2)]
+    assert not module.has_kernel(layers, "instance")
+    assert torch.equal(module.make_targets(layers), make_targets_reference(layers))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"per_layer": "foo"}, r"per_layer is 'foo', not one of .*; use"),
+        ({"final": ("batch",)}, r"final is \('batch',\), .* one of .*; use"),
+        ({"layers": []}, r"layers has 0 tensors, .* at least 1; average"),
+        ({"layers": [torch.zeros(2, 5, 7), torch.zeros(2, 5, 8)]}, r"layer 1 .*\(2, 5, 8\).* same .*; pass"),
+        ({"layers": [torch.zeros(5, 7)]}, r"layer 0 .*\(5, 7\).*; pass"),
+        ({"skip": 5}, r"skip is 5 of 5 tokens, .* remain; set skip to 0\.\.4"),
+        ({"skip": -1}, r"skip is -1 of 5 tokens"),
+        ({"skip": 1, "padding_BT": torch.zeros(2, 5).bool()}, r"\(2, 5\), .* \(2, 4\); pass"),
+        ({"padding_BT": torch.zeros(2, 5)}, r"torch\.float32 .* must be torch\.bool"),
+    ],
+)
+@pytest.mark.parametrize("make", [make_targets, make_targets_reference, make_targets_triton])
+def test_bad_option_says_value_rule_and_remedy(make, change: dict, message: str) -> None:
+    """Each is a ValueError, before any work."""
+    arguments = {"layers": [torch.zeros(2, 5, 7)] * 2} | change
+    with pytest.raises(ValueError, match=message):
+        make(arguments.pop("layers"), **arguments)
+
+
+# norm, T, D, K, input dtype, has padding; the recipes, then the extremes
+COMPILED = [
+    ("instance", 196, 768, 10, "bf16", False),
+    ("layer", 196, 768, 1, "fp32", False),
+    ("instance", 999, 768, 8, "fp16", True),
+    ("layer", 512, 1024, 24, "bf16", False),
+    ("instance", 512, 1024, 1, "fp32", True),
+    ("instance", 1024, 2048, 48, "fp32", True),
+    ("layer", 3, 8192, 48, "fp32", True),
+    ("none", 7, 37, 2, "bf16", True),
+    ("instance", 4096, 768, 24, "fp32", True),
+    ("layer", 1, 1, 2, "fp32", False),
+]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("shape", COMPILED, ids=str)
+def test_kernel_compiles_without_spills(shape: tuple, capability: int, tmp_path: Path, monkeypatch) -> None:
+    """Ahead of time, without a GPU; as the launcher would specialise it."""
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("the interpreter is on")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    kernel = compile_kernel(*shape, capability=capability)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    assert stack == 0, usage  # spilled registers lie on the stack
+    assert registers * 32 * kernel.metadata.num_warps <= 65536
+    norm, T, D, *_ = shape
+    if D % 16 == 0 and (norm != "instance" or T <= targets.MAX_TOKENS_IN_TILE):
+        reads = re.findall(r"ld\.global\.(?!b8)(\S+)", kernel.asm["ptx"])  # b8 is the padding
+        assert reads and set(reads) == {"v4.b32"}, "an input is read in less than 16 bytes per thread"
+
+
+def compile_kernel(norm: str, T: int, D: int, K: int, dtype: str, has_padding: bool, capability: int):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    block_t, block_d, num_warps = targets.tile_shape(norm, T, D)
+    is_long = norm == "instance" and T > targets.MAX_TOKENS_IN_TILE
+    kernel = targets._long_instance_mean_kernel if is_long else targets._norm_mean_kernel
+    constants = {
+        "NUM_LAYERS": K,
+        "NUM_TILES": triton.cdiv(T, block_t),
+        "AXIS": {"instance": 0, "layer": 1, "none": None}[norm],
+        "BLOCK_T": block_t,
+        "BLOCK_D": block_d,
+    }
+    types = {"layers": (f"*{dtype}",) * K, "padding": "*u8", "out": "*fp32", "statistics": "*fp32"}
+    types["eps"] = "fp32"
+    sizes = {"stride_b": (T + 1) * D, "stride_t": D, "T": T, "D": D}
+    constants |= {name: size for name, size in sizes.items() if size == 1}
+    if not has_padding:
+        constants["padding"] = None
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = [(names.index("layers"), k) for k in range(K)] + [(names.index("out"),)]
+    aligned += [(names.index(name),) for name, size in sizes.items() if size % 16 == 0]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items() if name in names},
+        {path: [["tt.divisibility", 16]] for path in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    json.dump({str(case): kernel_error(case, "cpu") for case in CASES}, sys.stdout)
