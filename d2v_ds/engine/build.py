@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from d2v_ds.model.data2vec import Data2Vec
+from d2v_ds.model.decoder import Decoder
+from d2v_ds.model.layers import Block
+
+
+def fetched_whole(model: Data2Vec) -> Iterator[nn.Module]:
+    """What ZeRO-3 gathers with one fetch and one hook, instead of one for every layer inside.
+
+    Gradients are safe, since reduction waits for the end of the step (d2v_ds.engine.step). Not for modules
+    whose input needs no gradient: DeepSpeed's hook would run before they have theirs.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (Block, Decoder)) or name.endswith(".conv_positions"):
+            yield module
 
 
 def parameter_groups(model: Data2Vec, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:
@@ -35,6 +49,9 @@ def build_engine(model: Data2Vec, optimizer: torch.optim.Optimizer, config: dict
     """The engine over student and frozen teacher; only trainable parameters are in the optimizer."""
     import deepspeed
 
+    if config["zero_optimization"]["stage"] == 3:
+        for module in fetched_whole(model):
+            deepspeed.utils.set_z3_leaf_module(module, True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     engine.parameter_names = {id(p): name for name, p in engine.module.named_parameters()}
     return engine

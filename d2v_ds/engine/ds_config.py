@@ -114,7 +114,7 @@ def resolve_config(config: dict[str, Any], *, clip: float, lr: float, betas: tup
     resolve_precision(config, precision, path)
     zero = config.setdefault("zero_optimization", {"stage": 0})
     autos = {"reduce_bucket_size": max(dim * dim, 1_000_000), "stage3_prefetch_bucket_size": int(0.9 * dim * dim),
-             "stage3_param_persistence_threshold": 10 * dim, "overlap_comm": torch.cuda.is_available()}
+             "stage3_param_persistence_threshold": max(10 * dim, 100_000), "overlap_comm": torch.cuda.is_available()}
     for key, value in zero.items():
         if value == "auto":
             if key not in autos:

@@ -74,12 +74,20 @@ def start_distributed(world: int, timeout_minutes: float = 30) -> torch.device:
     # NOTE: on a CPU DeepSpeed would compile a shared-memory operator at first use (a minute, g++ needed);
     # gloo alone is as fast here, since gradients are reduced once a step.
     if get_accelerator().device_name() == "cpu":
+        share_cores(world)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(get_accelerator().communication_backend_name(),
                                timeout=timedelta(minutes=timeout_minutes), verbose=False)
     local_rank = int(os.environ["LOCAL_RANK"])
     get_accelerator().set_device(local_rank)
     return torch.device(get_accelerator().device_name(local_rank))
+
+
+def share_cores(world: int) -> None:
+    """Threads for a rank on a CPU, unless OMP_NUM_THREADS says: ranks of one machine must not fight for cores."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
 
 
 def quiet() -> None:

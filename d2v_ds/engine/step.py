@@ -1,8 +1,8 @@
 """One optimizer step over micro-batches of several modalities: one reduction, absent gradients count as zero.
 
 NOTE: left alone, ZeRO-3, and any stage with CPU offload, applies the *previous* gradient again to a parameter
-that got none in this step. Here every trainable parameter has a gradient, if only zeros, when the step's one
-reduction runs; tests compare each stage with plain AdamW.
+that got none in this step. Here nothing is left of it when the step's one reduction runs; tests compare each
+stage with plain AdamW.
 """
 
 from __future__ import annotations
@@ -29,11 +29,16 @@ def one_reduction(engine: Any) -> Iterator[None]:
 
 
 def fill_absent(engine: Any) -> None:
-    """Zeros for parameters without a gradient: a modality that is absent, a layer that was dropped."""
+    """Parameters without a gradient, of an absent modality or a dropped layer, get zeros instead of what is left."""
+    if engine.zero_optimization_stage() == 3:  # the reduction writes over these where there is a gradient
+        engine.optimizer.grad_partitions_flat_buffer.zero_()
+        for flat in engine.optimizer.fp32_partitioned_groups_flat:
+            if flat.grad is not None:  # CPU offload keeps it between steps
+                flat.grad.zero_()
+        return
     for parameter in engine.module.parameters():
         if parameter.requires_grad and parameter.grad is None:
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # a partitioned parameter is empty here
-            parameter.grad = torch.zeros(shape, dtype=parameter.dtype, device=engine.device)
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def apply_step(engine: Any) -> bool:

@@ -26,40 +26,43 @@ if TYPE_CHECKING:
     from d2v_ds.training.run import Run
 
 
+def train_step(run: Run, micro_batches: list[MicroBatch], report: Report) -> bool:
+    """One optimizer step; False if its gradients were not finite and it was skipped, on all ranks alike."""
+    recipe, engine = run.recipe, run.engine
+    set_learning_rate(engine, learning_rate(recipe.optim, run.step, recipe.train.steps))
+    report.sizes = count_targets(run, micro_batches)
+
+    with one_reduction(engine):
+        for micro in micro_batches:
+            batch = prepare(run, micro)
+            output = engine(batch)                                        # student, teacher, loss
+            engine.backward(output.loss * scale(run, micro.modality, report.sizes))
+            report.observe(batch, output)
+
+    run.step += 1
+    is_applied = apply_step(engine)
+    if is_applied:
+        run.applied += 1
+        run.ema.update(anneal(recipe.ema.start, recipe.ema.end, recipe.ema.anneal_steps, run.applied))
+    return is_applied
+
+
 def run_steps(run: Run) -> None:
     """From the run's step to the last one, with log and checkpoints on the way."""
-    recipe, engine = run.recipe, run.engine
-    engine.train()
-    skipped = 0
-    clock = Clock()
+    train = run.recipe.train
+    run.engine.train()
+    skipped, clock = 0, Clock()
     for micro_batches in run.loader:
         clock.got_data()
-        is_logged = is_due(run.step + 1, recipe.train.log_every, recipe.train.steps)
-        report = Report(is_logged)
-        set_learning_rate(engine, learning_rate(recipe.optim, run.step, recipe.train.steps))
-        sizes = count_targets(run, micro_batches)
-
-        with one_reduction(engine):
-            for micro in micro_batches:
-                batch = prepare(run, micro)
-                output = engine(batch)
-                engine.backward(output.loss * scale(run, micro.modality, sizes))
-                report.observe(batch, output)
-        if apply_step(engine):
-            run.applied += 1
-            run.ema.update(anneal(recipe.ema.start, recipe.ema.end, recipe.ema.anneal_steps, run.applied))
-            skipped = 0
-        else:
-            skipped += 1
-        run.step += 1
-
+        report = Report(is_due(run.step + 1, train.log_every, train.steps, first=True))
+        skipped = 0 if train_step(run, micro_batches, report) else skipped + 1
+        clock.did_step()
         record_faults(run, micro_batches)
         if skipped:
-            complain(run, micro_batches, skipped)
-        clock.did_step()
-        if is_logged:
-            write_log(run, report, sizes, clock)
-        if is_due(run.step, recipe.train.save_every, recipe.train.steps, first=False):
+            complain(run, skipped)
+        if report.is_wanted:
+            write_log(run, report, clock)
+        if is_due(run.step, train.save_every, train.steps):
             run.save()
         clock.start()
     if run.log:
@@ -106,8 +109,8 @@ def set_learning_rate(engine: torch.nn.Module, rate: float) -> None:
         group["lr"] = rate
 
 
-def is_due(step: int, every: int, last: int, first: bool = True) -> bool:
-    """Step numbers from 1: every n-th, the last, and the first unless told otherwise."""
+def is_due(step: int, every: int, last: int, first: bool = False) -> bool:
+    """Step numbers from 1: every n-th, the last, and the first if asked."""
     return step == last or step % every == 0 or (first and step == 1)
 
 
@@ -116,6 +119,7 @@ class Report:
 
     def __init__(self, is_wanted: bool):
         self.is_wanted = is_wanted
+        self.sizes: dict[str, Tensor] = {}
         self.health = Health()
         self.sums: dict[str, Tensor] = {}
 
@@ -127,12 +131,12 @@ class Report:
             key = f"{batch.modality}/{part}"
             self.sums[key] = self.sums.get(key, 0) + value.double()
 
-    def losses(self, sizes: dict[str, Tensor]) -> dict[str, float]:
+    def losses(self) -> dict[str, float]:
         """Mean a masked token, over all ranks."""
         keys = sorted(self.sums)
         total = torch.stack([self.sums[key] for key in keys])
         dist.all_reduce(total)
-        return {key: (value / sizes[key.split("/")[0]]).item() for key, value in zip(keys, total, strict=True)}
+        return {key: (value / self.sizes[key.split("/")[0]]).item() for key, value in zip(keys, total, strict=True)}
 
 
 class Clock:
@@ -163,7 +167,7 @@ def record_faults(run: Run, micro_batches: list[MicroBatch]) -> None:
         run.faults.add(faults, seen)
 
 
-def complain(run: Run, micro_batches: list[MicroBatch], skipped: int) -> None:
+def complain(run: Run, skipped: int) -> None:
     """A step without finite gradients: say which, and stop after too many in a row."""
     run.say(f"warning: step {run.step} was skipped, its gradients are not finite ({skipped} in a row)")
     if skipped >= run.recipe.train.skip_limit:
@@ -172,8 +176,8 @@ def complain(run: Run, micro_batches: list[MicroBatch], skipped: int) -> None:
                            "the run goes on from its last checkpoint")
 
 
-def write_log(run: Run, report: Report, sizes: dict[str, Tensor], clock: Clock) -> None:
-    losses, health = report.losses(sizes), report.health.values()
+def write_log(run: Run, report: Report, clock: Clock) -> None:
+    losses, health = report.losses(), report.health.values()
     recipe, engine = run.recipe, run.engine
     samples = sum(s.batch * s.micro_batches for s in run.sources)
     rate = samples * clock.steps / clock.total
