@@ -54,4 +54,17 @@ def build_engine(model: Data2Vec, optimizer: torch.optim.Optimizer, config: dict
             deepspeed.utils.set_z3_leaf_module(module, True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     engine.parameter_names = {id(p): name for name, p in engine.module.named_parameters()}
+    undo_dry_step(engine)
     return engine
+
+
+@torch.no_grad()
+def undo_dry_step(engine: Any) -> None:
+    """At stage 0 with bf16 or fp16, DeepSpeed allocates moments by a step with zero gradients, which decays the
+    weights once and leaves Adam's bias correction one step ahead: start again from the weights."""
+    wrapper = engine.optimizer
+    if type(wrapper).__name__ == "FP16_UnfusedOptimizer":
+        wrapper.optimizer.state.clear()
+        for masters, group in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+            for master, parameter in zip(masters, group, strict=True):
+                master.copy_(parameter)
