@@ -29,9 +29,9 @@ setup(
         "numpy>=1.26",
         "matplotlib>=3.8",
         "scikit-learn>=1.3",  # the handwritten digits of the sample shards
-        "setuptools",  # what DeepSpeed builds its operators with
+        "setuptools>=70.1,<82",  # what DeepSpeed builds its operators with
         "ninja",
     ],
-    extras_require={"dev": ["pytest>=8", "ruff"]},
+    extras_require={"dev": ["pytest>=8", "ruff>=0.6"]},
     entry_points={"console_scripts": ["d2v=d2v_ds.cli:main"]},
 )

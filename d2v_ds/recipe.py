@@ -107,12 +107,12 @@ FREE = {"name", "out", "data", "precision", "train.steps", "train.log_every", "t
 
 
 def recipes() -> dict[str, Any]:
-    """Every shipped recipe by name: public functions of the modalities' `recipes.py` and of the joint ones."""
+    """Every shipped recipe by name: the functions that return a Recipe, of each modality and of the joint ones."""
     modules = [import_module(f"d2v_ds.modalities.{name}.recipes") for name in MODALITIES]
     modules.append(import_module("d2v_ds.modalities.multimodal"))
     return {name: function for module in modules for name, function in vars(module).items()
-            if getattr(function, "__module__", "") == module.__name__ and callable(function)
-            and not name.startswith("_")}
+            if getattr(function, "__module__", "") == module.__name__
+            and function.__annotations__.get("return") == "Recipe"}
 
 
 def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from d2v_ds.config import Config
 from d2v_ds.data import Corpus, Draw, Source, expand_shards
@@ -50,3 +53,12 @@ def draw_masks(draws: list[Draw], lengths: list[int], config: Any) -> list[np.nd
     """The M masks of every sample, (M, T_i), each from its own draw."""
     return [draw_mask(generator(draw, "mask"), config.clones, tokens, config.mask)
             for draw, tokens in zip(draws, lengths, strict=True)]
+
+
+def pad_stack(rows: list[Tensor], value: float) -> tuple[Tensor, Tensor | None]:
+    """Stacks 1-D tensors, padded at the end; the mask (B, S), None if all are equally long."""
+    longest = max(len(row) for row in rows)
+    stacked = torch.stack([F.pad(row, (0, longest - len(row)), value=value) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    padding = torch.arange(longest)[None] >= lengths[:, None]
+    return stacked, padding if bool(padding.any()) else None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d2v_ds.data import Corpus, Draw
 from d2v_ds.model.batch import Batch, make_views
-from d2v_ds.modalities.source import StreamConfig, draw_masks, generator
+from d2v_ds.modalities.source import StreamConfig, draw_masks, generator, pad_stack
 
 RATE = 16_000
 
@@ -50,6 +50,18 @@ class AudioSamples:
     def attach(self, corpus: Corpus) -> None:
         self.size = len(corpus)
 
+    def decode(self, corpus: Corpus, unit: int) -> Tensor:
+        """One whole sample as `prepare` takes it."""
+        return decode_sound(corpus.read(unit)["audio"])
+
+    def raw(self, waveforms: list[Tensor]) -> Tensor:
+        """Mean and spread over time of 40 log-mel bands, for a baseline; (N, 80)."""
+        from torchaudio.transforms import MelSpectrogram
+
+        mel = MelSpectrogram(RATE, n_fft=400, hop_length=160, n_mels=40)
+        logs = [(mel(normalise(w)) + 1e-5).log() for w in waveforms]
+        return torch.stack([torch.cat([x.mean(dim=1), x.std(dim=1)]) for x in logs])
+
     def read(self, corpus: Corpus, unit: int) -> Tensor:
         waveform = normalise(decode_sound(corpus.read(unit)["audio"]))
         if len(waveform) < self.min_length:
@@ -66,7 +78,18 @@ class AudioSamples:
 
     def prepare(self, waveform: Tensor) -> Tensor:
         """One waveform at 16 kHz as a trained model sees it; (S,)."""
-        return normalise(torch.as_tensor(waveform, dtype=torch.float32))
+        waveform = torch.as_tensor(waveform, dtype=torch.float32)
+        if waveform.ndim != 1 or num_frames(len(waveform), self.config.conv_layers) < 1:
+            raise ValueError(f"waveform of shape {tuple(waveform.shape)} must be one-dimensional (16 kHz mono) and at "
+                             "least 25 ms long")
+        return normalise(waveform)
+
+    def pad(self, waveforms: list[Tensor]) -> Batch:
+        """One batch of unequal lengths; frames that a sample alone would not have are padding."""
+        source, _ = pad_stack(waveforms, 0.0)
+        frames = [num_frames(len(w), self.config.conv_layers) for w in waveforms]
+        padding = torch.arange(max(frames))[None] >= torch.tensor(frames)[:, None]
+        return Batch("audio", source, padding if bool(padding.any()) else None)
 
 
 def num_frames(samples: int, conv_layers: tuple[tuple[int, int, int], ...]) -> int:

@@ -43,6 +43,14 @@ class ImageSamples:
     def attach(self, corpus: Corpus) -> None:
         self.size = len(corpus)
 
+    def decode(self, corpus: Corpus, unit: int) -> Image.Image:
+        """One whole sample as `prepare` takes it."""
+        return self.read(corpus, unit)
+
+    def raw(self, images: list[Image.Image]) -> torch.Tensor:
+        """The pixels themselves, for a baseline; (N, 3 * size * size)."""
+        return torch.stack([self.prepare(image).flatten() for image in images])
+
     def read(self, corpus: Corpus, unit: int) -> Image.Image:
         return decode_image(corpus.read(unit)["image"])
 
@@ -65,10 +73,18 @@ class ImageSamples:
         mean, std = torch.tensor(self.config.data.mean), torch.tensor(self.config.data.std)
         return (pixels - mean[:, None, None]) / std[:, None, None]
 
-    def prepare(self, image: Image.Image) -> torch.Tensor:
-        """One image as a trained model sees it: resized whole, normalised; (3, H, W)."""
+    def prepare(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        """One image as a trained model sees it: resized whole, normalised; (3, H, W). A tensor is taken as it is."""
         size = self.config.size
+        if isinstance(image, torch.Tensor):
+            if tuple(image.shape) != (3, size, size):
+                raise ValueError(f"image tensor of shape {tuple(image.shape)} must be (3, {size}, {size}), normalised; "
+                                 "or give a PIL image of any size")
+            return image
         return self.normalise(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+    def pad(self, images: list[torch.Tensor]) -> Batch:
+        return Batch("image", torch.stack(images))
 
 
 def decode_image(data: bytes) -> Image.Image:

@@ -13,7 +13,7 @@ import torch
 from d2v_ds.data import Corpus, Draw, TextBlocks
 from d2v_ds.model.batch import Batch, make_views
 from d2v_ds.model.masking import pad_masks
-from d2v_ds.modalities.source import StreamConfig, draw_masks
+from d2v_ds.modalities.source import StreamConfig, draw_masks, pad_stack
 
 BOS, PAD, EOS, UNK = range(4)
 
@@ -61,6 +61,15 @@ class TextSamples:
         self.blocks = TextBlocks.build(corpus.lengths, corpus.shard_starts, self.config.max_tokens - 1)
         self.size = len(self.blocks)
 
+    def decode(self, corpus: Corpus, unit: int) -> str:
+        """One whole sample as `prepare` takes it."""
+        return corpus.read(unit)["text"].decode()
+
+    def raw(self, texts: list[str]) -> torch.Tensor:
+        """Token counts, for a baseline; (N, V)."""
+        counts = [np.bincount(self.encode(text), minlength=self.config.vocabulary) for text in texts]
+        return torch.from_numpy(np.stack(counts)).float()
+
     def read(self, corpus: Corpus, unit: int) -> np.ndarray:
         """Token ids with <s>; (max_tokens,) for a block, any length up to it for a sample."""
         limit = self.config.max_tokens - 1
@@ -83,9 +92,15 @@ class TextSamples:
         padding = source == PAD
         return Batch("text", source, padding if bool(padding.any()) else None, **make_views(torch.from_numpy(masks)))
 
-    def prepare(self, text: str) -> torch.Tensor:
-        """One text as a trained model sees it: <s>, ids, </s>, cut to max_tokens; (T,)."""
+    def prepare(self, text: str | torch.Tensor | list[int]) -> torch.Tensor:
+        """One text as a trained model sees it: <s>, ids, </s>, cut to max_tokens; (T,). Ids are taken as they are."""
+        if not isinstance(text, str):
+            return torch.as_tensor(text)[: self.config.max_tokens]
         return torch.tensor([BOS, *self.encode(text)][: self.config.max_tokens])
+
+    def pad(self, rows: list[torch.Tensor]) -> Batch:
+        source, padding = pad_stack(rows, PAD)
+        return Batch("text", source, padding)
 
 
 def find_tokenizer(name: str, folder: Path) -> Path:

@@ -1,0 +1,121 @@
+"""Closed-form ridge probes on frozen features: one feature definition for train and test, baselines beside it.
+
+N samples, D features, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_ds.convert.load import Encoder, load, mean_pool
+from d2v_ds.data import Corpus, expand_shards
+from d2v_ds.modalities.build import build_model
+
+LAMBDAS = tuple(10.0**p for p in range(-6, 7))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Accuracy of one kind of feature."""
+
+    features: str
+    accuracy: float
+    dim: int
+    penalty: float
+
+
+def ridge(train_ND: Tensor, labels_N: Tensor, test_ND: Tensor, test_labels_N: Tensor) -> tuple[float, float]:
+    """(test accuracy, penalty) of ridge regression on one-hot labels; the penalty is chosen by exact leave-one-out
+    on the training part, features are standardised by it."""
+    mean, std = train_ND.mean(0), train_ND.std(0).clamp(min=1e-6)
+    x, z = ((train_ND - mean) / std).double(), ((test_ND - mean) / std).double()
+    onehot = torch.nn.functional.one_hot(labels_N).double()
+    centre = onehot.mean(0)
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    projected = u.T @ (onehot - centre)
+    best = (-1.0, 0.0)
+    for penalty in LAMBDAS:
+        shrink = s.square() / (s.square() + penalty)
+        fitted = u @ (shrink[:, None] * projected)
+        leverage = (u.square() * shrink).sum(1, keepdim=True) + 1 / len(x)
+        held_out = centre + (fitted - (onehot - centre) * leverage) / (1 - leverage).clamp(min=1e-9)
+        best = max(best, ((held_out.argmax(1) == labels_N).double().mean().item(), penalty))
+    weights = vt.T @ ((s / (s.square() + best[1]))[:, None] * projected)
+    accuracy = ((z @ weights + centre).argmax(1) == test_labels_N).double().mean().item()
+    return accuracy, best[1]
+
+
+def labelled(encoder: Encoder, shards: str, label: str) -> tuple[list[Any], Tensor]:
+    """Decoded items and integer labels of all samples of some shards."""
+    samples = encoder.samples
+    corpus = Corpus.open(expand_shards(shards), {**samples.fields, "label": label}, progress=None)
+    labels = []
+    for i in range(len(corpus)):
+        value = corpus.read(i)["label"]
+        try:
+            labels.append(int(value))
+        except ValueError as error:
+            raise ValueError(f"label {value!r} of {corpus.key(i)} is no integer; "
+                             f"name another member or key than '{label}' with --label") from error
+    return [samples.decode(corpus, i) for i in range(len(corpus))], torch.tensor(labels)
+
+
+@torch.no_grad()
+def features(encoder: Encoder, items: list[Any], batch: int = 64) -> dict[str, Tensor]:
+    """`mean`: the last block, mean-pooled, (N, D). `all`: every block's mean, concatenated, (N, D * depth)."""
+    means, alls = [], []
+    for chunk in chunks(items, batch):
+        f = encoder.extract(chunk, all=True)
+        pooled = [mean_pool(layer, f.mask) for layer in f.layers]
+        means.append(pooled[-1])
+        alls.append(torch.cat(pooled, dim=1))
+    return {"mean": torch.cat(means).float(), "all": torch.cat(alls).float()}
+
+
+def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for i in range(0, len(items), size):
+        yield items[i : i + size]
+
+
+def random_twin(encoder: Encoder) -> Encoder:
+    """The same network as it was before training."""
+    recipe = encoder.recipe
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat, has_teacher=False)
+    return Encoder(model.eval(), encoder.modality, encoder.samples, recipe)
+
+
+def raw_features(encoder: Encoder, items: list[Any]) -> Tensor | None:
+    """The input itself, where it has one length: normalised pixels, or token counts of a text."""
+    return encoder.samples.raw(items) if hasattr(encoder.samples, "raw") else None
+
+
+def probe(model: str | Path, train: str, test: str, modality: str | None = None, label: str = "cls;json.label",
+          weights: str = "student") -> list[Row]:
+    """Rows for raw input, the run's own random initialisation and the trained weights, `mean` and `all` features."""
+    encoder = load(model, modality, weights)
+    train_items, train_labels = labelled(encoder, train, label)
+    test_items, test_labels = labelled(encoder, test, label)
+    rows = []
+    raw = raw_features(encoder, train_items), raw_features(encoder, test_items)
+    if raw[0] is not None:
+        accuracy, penalty = ridge(raw[0], train_labels, raw[1], test_labels)
+        rows.append(Row("raw input", accuracy, raw[0].shape[1], penalty))
+    for name, network in (("random init", random_twin(encoder)), (weights, encoder)):
+        fit, held_out = features(network, train_items), features(network, test_items)
+        for kind in fit:
+            accuracy, penalty = ridge(fit[kind], train_labels, held_out[kind], test_labels)
+            rows.append(Row(f"{name}, {kind}", accuracy, fit[kind].shape[1], penalty))
+    return rows
+
+
+def format_rows(rows: list[Row]) -> str:
+    lines = [f"{'features':24} {'accuracy':>8} {'dim':>6} {'penalty':>8}"]
+    return "\n".join(lines + [f"{r.features:24} {r.accuracy:8.3f} {r.dim:6d} {r.penalty:8.0e}" for r in rows])
+
