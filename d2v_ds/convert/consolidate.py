@@ -54,6 +54,7 @@ def export(run: str | Path, out: str | Path, weights: Weights = "student") -> Pa
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / ".tmp-model.safetensors"
     save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)  # safetensors makes files that only their owner reads
     temporary.replace(out / "model.safetensors")
     config = {"format": FORMAT, "version": 1, "weights": weights, "step": checkpoint.loop["step"],
               "applied_steps": checkpoint.loop["applied_steps"], "recipe": checkpoint.loop["recipe"]}

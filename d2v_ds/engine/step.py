@@ -58,5 +58,6 @@ def is_plain(engine: Any) -> bool:
 
 
 def finite_gradients(engine: Any) -> bool:
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine._global_grad_norm = norm  # what get_global_grad_norm() gives; DeepSpeed leaves it empty here
+    return bool(torch.isfinite(norm))

@@ -15,25 +15,35 @@ from d2v_ds.model.data2vec import Output
 
 
 class Spread:
-    """Mean over channels of the standard deviation over tokens (the original's pred_var and target_var)."""
+    """Of targets and predictions at masked positions, by channel."""
 
     def __init__(self) -> None:
-        self.sums: Tensor | None = None
+        self.sums: Tensor | None = None  # (6, D): count; sum, square of target; of prediction; squared error
 
-    def add(self, x: Tensor) -> None:
-        """x (tokens, D)."""
-        x = x.double()
-        count = x.new_full((1, x.shape[1]), len(x))
-        sums = torch.cat([count, x.sum(0, keepdim=True), x.square().sum(0, keepdim=True)])
+    def add(self, target: Tensor, pred: Tensor) -> None:
+        """Both (tokens, D)."""
+        target, pred = target.double(), pred.double()
+        rows = [torch.full_like(target[0], len(target)), target.sum(0), target.square().sum(0), pred.sum(0),
+                pred.square().sum(0), (pred - target).square().sum(0)]
+        sums = torch.stack(rows)
         self.sums = sums if self.sums is None else self.sums + sums
 
-    def value(self) -> float:
-        """Over all ranks; unbiased variance, + 1e-6 under the root."""
+    def values(self) -> dict[str, float]:
+        """Over all ranks. `target_var`, `pred_var`: mean over channels of the standard deviation over tokens, as
+        the original calls and computes them (unbiased, + 1e-6 under the root). `explained`: share of the targets'
+        variance that the predictions explain, 0 for predicting the mean target."""
         sums = self.sums.clone()
         dist.all_reduce(sums)
-        count, total, squares = sums
-        variance = (squares - total.square() / count) / (count - 1).clamp(min=1)
-        return (variance.clamp(min=0) + 1e-6).sqrt().mean().item()
+        count, target, target_square, pred, pred_square, error = sums
+        target_sum = target_square - target.square() / count  # of squared differences from the mean
+        pred_sum = pred_square - pred.square() / count
+        explained = 1 - error.sum() / target_sum.sum().clamp(min=1e-12)
+        return {"target_var": standard_deviation(target_sum, count), "pred_var": standard_deviation(pred_sum, count),
+                "explained": explained.item()}
+
+
+def standard_deviation(squares: Tensor, count: Tensor) -> float:
+    return ((squares / (count - 1).clamp(min=1)).clamp(min=0) + 1e-6).sqrt().mean().item()
 
 
 class Content:
@@ -76,18 +86,16 @@ class Health:
     """The statistics of one step for each modality; ranks see the same modalities in the same order."""
 
     def __init__(self) -> None:
-        self.parts: dict[str, tuple[Content, Spread, Spread]] = {}
+        self.parts: dict[str, tuple[Content, Spread]] = {}
 
     @torch.no_grad()
     def observe(self, batch: Batch, output: Output) -> None:
-        content, target, pred = self.parts.setdefault(batch.modality, (Content(), Spread(), Spread()))
+        content, spread = self.parts.setdefault(batch.modality, (Content(), Spread()))
         content.add(output.targets_BTD, batch.padding_BT)
         counts = slice(None) if output.counts_NJ is None else output.counts_NJ.flatten()
-        target.add(output.target_NJD.flatten(0, 1)[counts])
-        pred.add(output.pred_NJD.flatten(0, 1)[counts])
+        spread.add(output.target_NJD.flatten(0, 1)[counts], output.pred_NJD.flatten(0, 1)[counts])
 
     def values(self) -> dict[str, float]:
-        """`NAME/content`, `NAME/target_var`, `NAME/pred_var`; all ranks call it."""
-        return {f"{name}/{key}": statistic.value()
-                for name, parts in sorted(self.parts.items())
-                for key, statistic in zip(("content", "target_var", "pred_var"), parts, strict=True)}
+        """`NAME/content`, `NAME/target_var`, `NAME/pred_var`, `NAME/explained`; all ranks call it."""
+        return {f"{name}/{key}": value for name, (content, spread) in sorted(self.parts.items())
+                for key, value in {"content": content.value(), **spread.values()}.items()}

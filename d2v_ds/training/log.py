@@ -38,9 +38,25 @@ class Log:
         return (f"step {step}/{self.total}  loss {losses}  lr {metrics['lr']:.1e}  "
                 f"{rate:.0f} samples/s  {seconds:.2f} s/step  ETA {left}")
 
-    def close(self) -> Path | None:
+    def close(self) -> str:
+        """What the run came to, and where its curves are."""
         self.writer.close()
-        return plot_losses(self.folder)
+        plot = plot_losses(self.folder)
+        return "\n".join([summary(self.folder), f"loss curves: {plot}" if plot else "",
+                          f"TensorBoard: tensorboard --logdir {self.folder / 'tensorboard'}"])
+
+
+def summary(folder: Path) -> str:
+    """Last values of each modality as a table."""
+    rows, health = read_rows(folder / "metrics.jsonl"), read_rows(folder / "health.jsonl")
+    columns = ("content", "explained", "target_var", "pred_var")
+    lines = [f"{'':8} {'loss':>10} " + " ".join(f"{c:>10}" for c in columns)]
+    for key, value in rows[-1].items() if rows else ():
+        if key.endswith("/loss"):
+            name = key.removesuffix("/loss")
+            values = " ".join(f"{health[-1][f'{name}/{c}']:10.3f}" for c in columns)
+            lines.append(f"{name:8} {value:10.3f} {values}")
+    return "\n".join(lines)
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

@@ -66,8 +66,7 @@ def run_steps(run: Run) -> None:
             run.save()
         clock.start()
     if run.log:
-        plot = run.log.close()
-        run.say(f"finished {run.step} steps; losses: {plot}; TensorBoard: {run.folder / 'tensorboard'}")
+        run.say(f"finished {run.step} steps\n{run.log.close()}")
 
 
 def prepare(run: Run, micro: MicroBatch) -> Batch:
