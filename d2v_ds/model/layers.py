@@ -91,7 +91,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padding_NT: Ten
         blocked = padding_NT[:, None, None, :]
         if bias is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=~blocked, dropout_p=dropout)
-        bias = bias.masked_fill(blocked, float("-inf"))
+        # not -inf: a row whose keys are all padding would be NaN, and its gradient too
+        bias = bias.masked_fill(blocked, torch.finfo(bias.dtype).min)
     if bias is None or bias.dtype == q.dtype:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)

@@ -17,6 +17,7 @@ from d2v_ds.model.batch import Batch, make_views
 from d2v_ds.modalities.source import StreamConfig, draw_masks, generator, pad_stack
 
 RATE = 16_000
+MAX_SECONDS = 3600  # a longer one, or a header that lies, would fill the memory of a worker
 
 
 class AudioData(StreamConfig):
@@ -41,11 +42,8 @@ class AudioSamples:
     @staticmethod
     def measure(fields: dict[str, bytes]) -> int:
         """Samples at 16 kHz, from the file's header."""
-        try:
-            info = soundfile.info(io.BytesIO(fields["audio"]))
-        except soundfile.LibsndfileError as error:
-            raise ValueError(f"undecodable sound: {error}") from error
-        return info.frames * RATE // info.samplerate
+        frames, rate = sound_size(fields["audio"])
+        return frames * RATE // rate
 
     def attach(self, corpus: Corpus) -> None:
         self.size = len(corpus)
@@ -99,13 +97,28 @@ def num_frames(samples: int, conv_layers: tuple[tuple[int, int, int], ...]) -> i
     return max(samples, 0)
 
 
+def sound_size(data: bytes) -> tuple[int, int]:
+    """(frames, rate) of a sound's header; ValueError if there is none, or it says more than MAX_SECONDS."""
+    try:
+        info = soundfile.info(io.BytesIO(data))
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"undecodable sound: {error}") from error
+    if info.frames > MAX_SECONDS * info.samplerate:
+        raise ValueError(f"sound of {info.frames / info.samplerate:.0f} s by its header is above the limit of "
+                         f"{MAX_SECONDS} s; cut it into pieces")
+    return info.frames, info.samplerate
+
+
 def decode_sound(data: bytes) -> Tensor:
-    """Mono waveform at 16 kHz; ValueError if the bytes are no sound."""
+    """Mono waveform at 16 kHz; ValueError if the bytes are no sound, or hold values that are not finite."""
+    sound_size(data)
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"undecodable sound: {error}") from error
     waveform = torch.from_numpy(samples.mean(axis=1))
+    if not bool(torch.isfinite(waveform).all()):
+        raise ValueError("sound with samples that are not finite")
     if rate != RATE:
         from torchaudio.functional import resample  # slow to import, and most corpora are at 16 kHz
 

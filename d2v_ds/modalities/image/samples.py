@@ -81,7 +81,7 @@ class ImageSamples:
                 raise ValueError(f"image tensor of shape {tuple(image.shape)} must be (3, {size}, {size}), normalised; "
                                  "or give a PIL image of any size")
             return image
-        return self.normalise(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+        return self.normalise(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
 
     def pad(self, images: list[torch.Tensor]) -> Batch:
         return Batch("image", torch.stack(images))
@@ -93,9 +93,18 @@ def decode_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"image of {image.width}x{image.height} pixels is above the limit of {MAX_PIXELS}")
-        return image.convert("RGB")
+        return to_rgb(image)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"undecodable image: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB; 16-bit grey is scaled, which Pillow's own conversion would clip to white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.float64).clip(0, 65535) / 257).round().astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("image of 32-bit floats has no defined range; store it as 8 or 16 bits")
+    return image.convert("RGB")
 
 
 def crop_box(size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float],

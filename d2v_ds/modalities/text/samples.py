@@ -112,7 +112,10 @@ def find_tokenizer(name: str, folder: Path) -> Path:
 
 
 def load_tokenizer(model: bytes, vocabulary: int, path: Path) -> sentencepiece.SentencePieceProcessor:
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no sentencepiece model ({error}); train one with sentencepiece") from error
     special = (tokenizer.bos_id(), tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.unk_id())
     if special != (BOS, PAD, EOS, UNK):
         raise ValueError(f"{path}: ids of <s>, <pad>, </s>, <unk> are {special}, must be {(BOS, PAD, EOS, UNK)}; "

@@ -1,0 +1,587 @@
+"""From bytes in shards to batches: what is decoded, what is refused, what the draws decide."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import soundfile
+import torch
+import webdataset
+from PIL import Image
+
+from d2v_ds.data import Draw, Source
+from d2v_ds.modalities.audio.samples import RATE, AudioSamples, decode_sound, normalise, num_frames
+from d2v_ds.modalities.build import build_model
+from d2v_ds.modalities.image.samples import MAX_PIXELS, ImageSamples, crop_box, decode_image
+from d2v_ds.modalities.source import generator, open_source, shard_pattern
+from d2v_ds.modalities.text.samples import BOS, EOS, PAD, TextSamples
+from d2v_ds.recipe import load_recipe
+
+TEXT = (
+    "a river runs past the old mill and the miller counts sacks of grain while his daughter reads "
+    "letters from far towns under trees that bend when wind comes over hills"
+)
+WORDS = TEXT.split()
+OUR_IDS = {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3}
+BANDS = {"wav": 1e-4, "flac": 1e-4, "ogg": 0.05}  # 16 bits, 16 bits, lossy
+
+
+def config_of(modality: str, *overrides: str) -> Any:
+    full = [f"modalities.{modality}.{override}" for override in overrides]
+    return load_recipe(f"{modality}_tiny", full).modalities[modality]
+
+
+def draws_of(*seeds: int) -> list[Draw]:
+    return [Draw(unit=i, epoch=0, seed=seed) for i, seed in enumerate(seeds)]
+
+
+def write_shard(path: Path, extension: str, contents: list[bytes]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with webdataset.TarWriter(str(path), mtime=0) as writer:
+        for i, content in enumerate(contents):
+            writer.write({"__key__": f"{i:05d}", extension: content})
+    return path
+
+
+def assert_equal_batches(first: Any, second: Any) -> None:
+    for name in ("source", "mask_NT", "keep_NK", "masked_NJ", "restore_NT"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+# images
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image, form: str = "png") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says how large it is and holds no pixels."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "CMYK"])
+def test_pictures_of_every_mode_become_rgb(mode: str) -> None:
+    """Size and, where the mode has all colours, pixels stay."""
+    image = picture(13, 7).convert(mode)
+    decoded = decode_image(encoded(image, "tiff"))
+    assert decoded.mode == "RGB" and decoded.size == (13, 7)
+    assert (np.array(decoded) == np.array(image.convert("RGB"))).all()
+
+
+def test_a_picture_of_16_bits_keeps_its_shades() -> None:
+    """The upper 8 bits of a grey ramp."""
+    ramp = np.linspace(0, 65_535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    decoded = np.array(decode_image(encoded(Image.fromarray(ramp))))
+    assert np.abs(decoded.astype(int) - (ramp >> 8)[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"garbage" * 50,
+        encoded(picture(31, 24))[:-700],
+        encoded(picture(31, 24), "jpeg")[:300],
+        encoded(picture(31, 24))[:60] + b"\xff" * 40 + encoded(picture(31, 24))[100:],
+        png_header(64, 64),
+    ],
+)
+def test_bytes_that_are_no_whole_picture_are_an_error(data: bytes) -> None:
+    """Empty, garbage, truncated, damaged, header only."""
+    with pytest.raises(ValueError, match="undecodable image"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "webp", "gif"])
+def test_a_damaged_picture_is_decoded_or_a_value_error(form: str) -> None:
+    """300 pictures with some wrong bytes: anything but a ValueError would end a run."""
+    whole, rng = encoded(picture(31, 24), form), np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(whole[: rng.integers(len(whole) // 2, len(whole) + 1)])
+        for place in rng.integers(0, min(len(data), 200), 3):
+            data[place] = rng.integers(0, 256)
+        try:
+            assert decode_image(bytes(data)).mode == "RGB"
+        except ValueError:
+            refused += 1
+    assert refused > 50
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(("width", "height"), [(10_001, 10_000), (12_000, 12_000), (60_000, 60_000)])
+def test_a_picture_above_the_limit_is_refused_by_its_header(width: int, height: int) -> None:
+    """Without any pixel data: nothing was decoded."""
+    assert width * height > MAX_PIXELS
+    with pytest.raises(ValueError, match="limit|exceeds"):
+        decode_image(png_header(width, height))
+
+
+@pytest.mark.parametrize("size", [(97, 61), (61, 97), (500, 500), (3, 2), (1, 1)])
+def test_a_crop_box_lies_inside_and_has_area_and_aspect_in_range(size: tuple[int, int]) -> None:
+    """1,000 boxes; sides are whole pixels, so each bound gets half a pixel of room."""
+    rng, (width, height) = np.random.default_rng(0), size
+    boxes = {crop_box(size, (0.2, 1.0), (3 / 4, 4 / 3), rng) for _ in range(1000)}
+    for left, upper, right, lower in boxes:
+        w, h = right - left, lower - upper
+        assert 0 <= left < right <= width and 0 <= upper < lower <= height
+        assert (w + 0.5) * (h + 0.5) >= 0.2 * width * height
+        assert (w - 0.5) / (h + 0.5) <= 4 / 3 and (w + 0.5) / (h - 0.5) >= 3 / 4
+    if width > 50:
+        assert len(boxes) > 900
+        edges = np.array(list(boxes))
+        assert edges[:, :2].min() == 0 and (edges[:, 2:].max(axis=0) == size).all()
+
+
+def test_shares_and_aspects_of_crops_are_drawn_evenly() -> None:
+    """Area share uniform in 0.2 .. 0.5 and log aspect uniform, where every box fits."""
+    rng = np.random.default_rng(1)
+    boxes = np.array([crop_box((1000, 1000), (0.2, 0.5), (3 / 4, 4 / 3), rng) for _ in range(4000)])
+    w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    share, aspect = w * h / 1e6, np.log(w / h) / np.log(4 / 3)
+    assert share.mean() == pytest.approx(0.35, abs=0.006) and share.std() == pytest.approx(
+        0.3 / 12**0.5, rel=0.03
+    )
+    assert aspect.mean() == pytest.approx(0, abs=0.04) and aspect.std() == pytest.approx(3**-0.5, rel=0.03)
+    assert (boxes[:, 0] / (1000 - w)).mean() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("size", [(1, 1000), (1000, 1), (2, 301)])
+def test_a_picture_too_narrow_for_any_crop_gives_its_middle(size: tuple[int, int]) -> None:
+    """The largest box of the nearest aspect, as RandomResizedCrop falls back to."""
+    left, upper, right, lower = crop_box(size, (0.9, 0.99), (3 / 4, 4 / 3), np.random.default_rng(0))
+    long, short = max(size), min(size)
+    begin, end = (left, right) if size[0] == long else (upper, lower)
+    assert min(right - left, lower - upper) >= 1 and max(right - left, lower - upper) <= round(short * 4 / 3)
+    assert abs((begin + end) - long) <= 1
+
+
+def test_the_scale_of_one_takes_the_whole_picture() -> None:
+    """Whatever its aspect."""
+    assert crop_box((90, 10), (1.0, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0)) == (0, 0, 90, 10)
+
+
+def test_pixels_are_normalised_and_flipped_as_configured() -> None:
+    """Whole picture: (pixel / 255 - mean) / std in each channel, mirrored left to right."""
+    image = picture(32, 32)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    mean, std = torch.tensor([0.1, 0.2, 0.3])[:, None, None], torch.tensor([0.5, 0.6, 0.7])[:, None, None]
+    for flip in (0.0, 1.0):
+        samples = ImageSamples(
+            config_of("image", f"data.flip={flip}", "data.mean=[0.1,0.2,0.3]", "data.std=[0.5,0.6,0.7]"),
+            Path(),
+        )
+        source = samples.collate([image], draws_of(1)).source[0]
+        expected = (pixels - mean) / std
+        torch.testing.assert_close(source, expected.flip(2) if flip else expected)
+    torch.testing.assert_close(samples.prepare(image), expected)
+
+
+def test_an_image_batch_is_a_pure_function_of_its_draws() -> None:
+    """Crop, flip and masks of a sample come from its own seed, whoever else is in the batch."""
+    samples = ImageSamples(config_of("image", "data.crop_scale=[0.2,1.0]", "data.flip=0.5"), Path())
+    images = [picture(60, 45, seed) for seed in range(3)]
+    torch.manual_seed(0)
+    first = samples.collate(images, draws_of(5, 6, 7))
+    torch.manual_seed(1)
+    assert_equal_batches(first, samples.collate(images, draws_of(5, 6, 7)))
+    other = samples.collate(images, draws_of(5, 99, 7))
+    swapped = samples.collate(images[::-1], draws_of(7, 6, 5))
+    for i in range(3):
+        rows = slice(8 * i, 8 * i + 8)
+        is_same = i != 1
+        assert torch.equal(first.source[i], other.source[i]) == is_same
+        assert torch.equal(first.mask_NT[rows], other.mask_NT[rows]) == is_same
+        assert torch.equal(first.source[i], swapped.source[2 - i])
+    assert first.source.shape == (3, 3, 32, 32) and first.padding_BT is None
+    assert (first.mask_NT.sum(dim=1) == 16 - int(16 * 0.4)).all() and first.mask_NT.shape == (24, 16)
+
+
+# audio
+
+
+def tone(samples: int, rate: int = RATE, hertz: float = 440.0) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(samples) / rate)
+
+
+def sound(samples: np.ndarray, rate: int = RATE, form: str = "wav", subtype: str | None = None) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=form, subtype=subtype)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", BANDS)
+def test_sound_of_every_format_is_decoded(form: str) -> None:
+    """At 16 kHz: the very length, and the samples as far as the format keeps them."""
+    data = sound(tone(9001), form=form)
+    waveform = decode_sound(data)
+    assert waveform.shape == (9001,) and waveform.dtype == torch.float32
+    assert np.abs(waveform.numpy() - tone(9001)).max() < BANDS[form]
+    assert AudioSamples.measure({"audio": data}) == 9001
+
+
+@pytest.mark.parametrize("form", BANDS)
+def test_channels_are_averaged(form: str) -> None:
+    """A tone on the left and none on the right is half a tone."""
+    data = sound(np.stack([tone(4000), np.zeros(4000)], axis=1), form=form)
+    assert np.abs(decode_sound(data).numpy() - tone(4000) / 2).max() < BANDS[form]
+    assert AudioSamples.measure({"audio": data}) == 4000
+
+
+@pytest.mark.parametrize(
+    ("rate", "samples", "length"), [(8_000, 4001, 8002), (44_100, 30_011, 10_889), (48_000, 9001, 3001)]
+)
+@pytest.mark.parametrize("form", BANDS)
+def test_other_rates_are_resampled_to_16_khz(rate: int, samples: int, length: int, form: str) -> None:
+    """ceil(samples * 16000 / rate) of them, a tone at the same pitch; the measure is at most one less."""
+    data = sound(tone(samples, rate), rate, form)
+    waveform = decode_sound(data)
+    assert len(waveform) == length
+    middle = slice(200, length - 200)
+    assert np.abs(waveform.numpy()[middle] - tone(length)[middle]).max() < BANDS[form] + 0.01
+    assert 0 <= length - AudioSamples.measure({"audio": data}) <= 1
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"garbage" * 100, b"RIFF\0\0\0\0WAVE", sound(tone(500), form="flac")[:40]]
+)
+@pytest.mark.parametrize("read", [decode_sound, lambda data: AudioSamples.measure({"audio": data})])
+def test_bytes_that_are_no_sound_are_an_error(read: Callable, data: bytes) -> None:
+    """For the decoder and for the measure."""
+    with pytest.raises(ValueError, match="undecodable sound"):
+        read(data)
+
+
+@pytest.mark.parametrize("read", [decode_sound, lambda data: AudioSamples.measure({"audio": data})])
+def test_a_sound_whose_header_claims_weeks_is_an_error(read: Callable) -> None:
+    """FLAC, 36 bits of length all set: 256 GiB in memory, and more than a uint32 column holds."""
+    data = bytearray(sound(tone(8000), form="flac"))
+    data[21] |= 0x0F
+    data[22:26] = b"\xff" * 4
+    with pytest.raises(ValueError, match="sound"):
+        read(bytes(data))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_sound_with_samples_that_are_not_finite_is_an_error(value: float) -> None:
+    """A wav of floats can hold them."""
+    samples = tone(8000)
+    samples[7] = value
+    with pytest.raises(ValueError, match="sound"):
+        decode_sound(sound(samples, subtype="FLOAT"))
+
+
+def test_normalised_sound_has_zero_mean_and_unit_variance() -> None:
+    """Over the whole utterance, so loudness and offset do not matter."""
+    waveform = torch.from_numpy(tone(5000)).float() + 0.3
+    normed = normalise(waveform)
+    assert abs(normed.mean().item()) < 1e-5
+    assert normed.square().mean().item() == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(normed, normalise(3 * waveform - 1), rtol=1e-3, atol=1e-3)
+    assert torch.isfinite(normalise(torch.zeros(400))).all()
+
+
+def test_sounds_are_cropped_at_random_to_the_shortest_of_the_batch() -> None:
+    """Crops are stretches of the sounds; masks have one count for the frames of that length."""
+    config = config_of("audio")
+    samples = AudioSamples(config, Path())
+    sounds = [torch.arange(n, dtype=torch.float32) for n in (9000, 12_000, 15_999)]
+    batch = samples.collate(sounds, draws_of(1, 2, 3))
+    starts = batch.source[:, 0]
+    assert torch.equal(batch.source, starts[:, None] + torch.arange(9000))
+    assert starts[0] == 0 and 0 < starts[1] <= 3000 and 0 < starts[2] <= 6999
+    frames = num_frames(9000, config.conv_layers)
+    assert batch.mask_NT.shape == (12, frames) and (batch.mask_NT.sum(dim=1) == int(frames * 0.6)).all()
+    assert batch.padding_BT is None
+
+
+def test_no_crop_is_longer_than_the_limit() -> None:
+    """One second in the tiny recipe; and a sound of just that length is taken whole."""
+    samples = AudioSamples(config_of("audio"), Path())
+    long = torch.arange(40_000, dtype=torch.float32)
+    assert samples.collate([long, long], draws_of(1, 2)).source.shape == (2, 16_000)
+    assert torch.equal(samples.collate([long[:16_000]], draws_of(1)).source[0], long[:16_000])
+
+
+def test_an_audio_batch_is_a_pure_function_of_its_draws() -> None:
+    """Crop and masks of a sound come from its own seed."""
+    samples = AudioSamples(config_of("audio"), Path())
+    sounds = [torch.arange(n, dtype=torch.float32) for n in (20_000, 30_000, 25_000)]
+    torch.manual_seed(0)
+    first = samples.collate(sounds, draws_of(5, 6, 7))
+    torch.manual_seed(1)
+    assert_equal_batches(first, samples.collate(sounds, draws_of(5, 6, 7)))
+    other = samples.collate(sounds, draws_of(5, 99, 7))
+    for i in range(3):
+        rows, is_same = slice(4 * i, 4 * i + 4), i != 1
+        assert torch.equal(first.source[i], other.source[i]) == is_same
+        assert torch.equal(first.mask_NT[rows], other.mask_NT[rows]) == is_same
+
+
+def test_short_and_broken_sounds_are_left_out_and_others_are_read_normalised(tmp_path: Path) -> None:
+    """Below half a second by the header; what is read is whole, 16 kHz and normalised."""
+    contents = [
+        sound(tone(8000)),
+        sound(tone(7999)),
+        b"no sound",
+        sound(tone(30_000, 44_100), 44_100, "flac"),
+    ]
+    write_shard(tmp_path / "multimodal-train-000000.tar", "wav", contents)
+    source = open_source("audio", config_of("audio"), str(tmp_path))
+    assert len(source.corpus) == 2 and source.corpus.lengths.tolist() == [8000, 10_884]
+    waveform = source.samples.read(source.corpus, 1)
+    assert len(waveform) == 10_885
+    assert waveform.std(unbiased=False).item() == pytest.approx(1, abs=1e-3)
+
+
+# text
+
+
+@pytest.fixture(scope="module")
+def train_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(WORDS, 9)) for _ in range(300)]
+
+    def train(pieces: int = 50, **ids: int) -> bytes:
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=pieces, minloglevel=2, **ids
+        )
+        return model.getvalue()
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def tokenizer(train_tokenizer: Callable[..., bytes]) -> bytes:
+    return train_tokenizer(**OUR_IDS)
+
+
+def document(seed: int, words: int) -> str:
+    return " ".join(np.random.default_rng(seed).choice(WORDS, words))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer: bytes) -> Path:
+    """Two shards of seven documents each, shorter and longer than a block, and the tokenizer beside them."""
+    (tmp_path / "sentencepiece.model").write_bytes(tokenizer)
+    for shard in range(2):
+        texts = [document(10 * shard + i, words) for i, words in enumerate((1, 30, 2, 7, 50, 3, 11))]
+        write_shard(tmp_path / f"text-train-{shard:06d}.tar", "txt", [text.encode() for text in texts])
+    return tmp_path
+
+
+def open_text(folder: Path, *overrides: str) -> Source:
+    return open_source("text", config_of("text", "max_tokens=16", "vocabulary=50", *overrides), str(folder))
+
+
+def expected_stream(tokenizer: bytes, shard: int) -> list[int]:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
+    texts = [document(10 * shard + i, words) for i, words in enumerate((1, 30, 2, 7, 50, 3, 11))]
+    return [token for text in texts for token in [*processor.encode(text), EOS]]
+
+
+def test_blocks_are_consecutive_tokens_of_a_shard_after_a_begin_token(folder: Path, tokenizer: bytes) -> None:
+    """Across documents, each closed by </s>; none spans two shards, the incomplete last one is left out."""
+    source = open_text(folder)
+    blocks = [source.samples.read(source.corpus, unit).tolist() for unit in range(source.samples.size)]
+    expected = []
+    for shard in range(2):
+        stream = expected_stream(tokenizer, shard)
+        assert stream.count(EOS) == 7 and len(stream) % 15
+        expected += [[BOS, *stream[i : i + 15]] for i in range(0, len(stream) - 14, 15)]
+    assert blocks == expected
+
+
+def test_a_batch_of_blocks_has_no_padding_and_exact_masks(folder: Path) -> None:
+    """int(16 * 0.52) = 8 of 16 tokens are kept in every view."""
+    source = open_text(folder)
+    rows = [source.samples.read(source.corpus, unit) for unit in (0, 3)]
+    batch = source.samples.collate(rows, draws_of(1, 2))
+    assert torch.equal(batch.source, torch.from_numpy(np.stack(rows)))
+    assert (
+        batch.padding_BT is None and (batch.mask_NT.sum(dim=1) == 8).all() and batch.mask_NT.shape == (8, 16)
+    )
+
+
+def test_samples_are_padded_and_say_so(folder: Path, tokenizer: bytes) -> None:
+    """One document each, cut to max_tokens; padding is PAD and marked; masks are those of each alone."""
+    source = open_text(folder, "data.mode=samples")
+    assert source.samples.size == 14
+    rows = [source.samples.read(source.corpus, unit) for unit in (0, 1, 3)]
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
+    whole = [
+        [BOS, *processor.encode(document(seed, words)), EOS] for seed, words in ((0, 1), (1, 30), (3, 7))
+    ]
+    assert [row.tolist() for row in rows] == [ids[:16] for ids in whole]
+    batch = source.samples.collate(rows, draws_of(1, 2, 3))
+    lengths = torch.tensor([len(row) for row in rows])
+    assert lengths[0] < 16 == lengths[1]
+    assert torch.equal(batch.padding_BT, torch.arange(16)[None] >= lengths[:, None])
+    assert (batch.source[batch.padding_BT] == PAD).all() and (batch.source[~batch.padding_BT] != PAD).all()
+    for i, length in enumerate(lengths.tolist()):
+        masked = batch.mask_NT[4 * i : 4 * i + 4, :length].sum(dim=1)
+        assert (masked == length - int(length * 0.52)).all()
+
+
+def test_a_text_batch_is_a_pure_function_of_its_draws(folder: Path) -> None:
+    """Masks of a row come from its own seed."""
+    source = open_text(folder)
+    rows = [source.samples.read(source.corpus, unit) for unit in range(3)]
+    first = source.samples.collate(rows, draws_of(5, 6, 7))
+    torch.manual_seed(1)
+    assert_equal_batches(first, source.samples.collate(rows, draws_of(5, 6, 7)))
+    other = source.samples.collate(rows, draws_of(5, 99, 7))
+    same = [torch.equal(first.mask_NT[4 * i : 4 * i + 4], other.mask_NT[4 * i : 4 * i + 4]) for i in range(3)]
+    assert same == [True, False, True]
+
+
+def test_lengths_of_documents_count_the_end_token(
+    folder: Path, tokenizer: bytes, train_tokenizer: Callable[..., bytes]
+) -> None:
+    """And are kept under a name that changes with the tokenizer."""
+    source = open_text(folder)
+    assert source.corpus.lengths[:7].sum() == len(expected_stream(tokenizer, 0))
+    assert source.samples.measure({"text": b"the river"}) == len(source.samples.encode("the river"))
+    (folder / "other.model").write_bytes(train_tokenizer(45, **OUR_IDS))
+    other = TextSamples(config_of("text", "data.tokenizer=other.model"), folder)
+    assert other.measure_name != source.samples.measure_name
+
+
+@pytest.mark.parametrize("text", [b"", b"  \n ", b"\xff\xfe\xfd"])
+def test_text_without_words_or_that_is_no_utf_8_is_an_error(folder: Path, text: bytes) -> None:
+    """So such a document is left out and counted."""
+    with pytest.raises(ValueError, match="without any text|utf-8"):
+        open_text(folder).samples.measure({"text": text})
+
+
+def test_a_prepared_text_is_what_a_sample_would_be(folder: Path) -> None:
+    """<s>, ids, </s>, cut to max_tokens."""
+    source = open_text(folder, "data.mode=samples")
+    for unit, words in ((1, 30), (2, 2)):
+        prepared = source.samples.prepare(document(unit, words)).tolist()
+        assert prepared == source.samples.read(source.corpus, unit).tolist()
+        assert source.samples.prepare(prepared).tolist() == prepared
+
+
+def test_a_tokenizer_with_other_ids_is_an_error(folder: Path, train_tokenizer: Callable[..., bytes]) -> None:
+    """Its own ids and the needed ones stand in the message, and how to train it."""
+    (folder / "sentencepiece.model").write_bytes(train_tokenizer())
+    with pytest.raises(
+        ValueError, match=r"are \(1, -1, 2, 0\), must be \(0, 1, 2, 3\); train it with bos_id=0"
+    ):
+        open_text(folder)
+
+
+def test_a_tokenizer_with_more_pieces_than_the_vocabulary_is_an_error(folder: Path) -> None:
+    """By one; with just as many it is none."""
+    open_text(folder, "vocabulary=50")
+    with pytest.raises(ValueError, match="50 pieces, more than modalities.text.vocabulary=49"):
+        open_text(folder, "vocabulary=49")
+
+
+def test_a_tokenizer_that_is_no_sentencepiece_model_is_an_error(folder: Path) -> None:
+    """The message names the file."""
+    (folder / "sentencepiece.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match="sentencepiece.model"):
+        open_text(folder)
+
+
+def test_a_missing_tokenizer_is_an_error(folder: Path) -> None:
+    """The message says which setting names it."""
+    with pytest.raises(
+        ValueError, match="'nowhere.model' is neither.*set modalities.text.data.tokenizer=PATH"
+    ):
+        open_text(folder, "data.tokenizer=nowhere.model")
+
+
+# what all share
+
+
+@pytest.mark.parametrize("lengths", [(5000, 7333, 15_999), (8000, 8000)])
+def test_padded_sounds_have_the_features_of_each_alone(lengths: tuple[int, ...]) -> None:
+    """Of lengths that are no multiple of a frame; without any padding there is no mask."""
+    recipe = load_recipe("audio_tiny")
+    torch.manual_seed(0)
+    model = build_model(recipe.body, recipe.modalities).eval()
+    samples = AudioSamples(recipe.modalities["audio"], Path())
+    sounds = [samples.prepare(torch.randn(n)) for n in lengths]
+    batch = samples.pad(sounds)
+    assert (batch.padding_BT is None) == (len(set(lengths)) == 1)
+    with torch.no_grad():
+        together = model.encode(batch)[0][-1]
+        for row, one in zip(together, sounds, strict=True):
+            alone = model.encode(samples.pad([one]))[0][-1][0]
+            torch.testing.assert_close(row[: len(alone)], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_padded_texts_say_where_they_end(folder: Path) -> None:
+    """Equal lengths have no mask."""
+    samples = open_text(folder).samples
+    rows = [samples.prepare([BOS, 7, EOS]), samples.prepare([BOS, 5, 6, 8, EOS])]
+    batch = samples.pad(rows)
+    assert batch.source.tolist() == [[BOS, 7, EOS, PAD, PAD], [BOS, 5, 6, 8, EOS]]
+    assert batch.padding_BT.tolist() == [[False] * 3 + [True] * 2, [False] * 5]
+    assert samples.pad(rows[:1]).padding_BT is None
+
+
+@pytest.mark.parametrize("waveform", [torch.zeros(399), torch.zeros(2, 4000), torch.zeros(0)])
+def test_a_waveform_without_a_frame_or_with_channels_is_an_error(waveform: torch.Tensor) -> None:
+    """400 samples are one frame."""
+    samples = AudioSamples(config_of("audio"), Path())
+    with pytest.raises(ValueError, match="must be one-dimensional .* at least 25 ms"):
+        samples.prepare(waveform)
+    assert samples.prepare(torch.zeros(400)).shape == (400,)
+
+
+def test_crops_and_masks_of_one_draw_use_random_numbers_of_their_own() -> None:
+    """A purpose and a seed name a generator."""
+    draw, other = draws_of(3, 4)
+
+    def numbers(draw: Draw, purpose: str) -> list[float]:
+        return generator(draw, purpose).random(4).tolist()
+
+    assert numbers(draw, "crop") == numbers(draw, "crop")
+    assert len({tuple(numbers(d, p)) for d in (draw, other) for p in ("crop", "mask")}) == 4
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("some/where", ["some/where/a-*.tar", "some/where/b.tar"]),
+        ("x::y", ["x/a-*.tar", "x/b.tar", "y/a-*.tar", "y/b.tar"]),
+        ("x/{00..03}.tar", "x/{00..03}.tar"),
+        ("x/*", "x/*"),
+        ("x::y/c.tar", "x::y/c.tar"),
+    ],
+)
+def test_data_is_a_folder_or_a_pattern_of_its_own(data: str, expected: str | list[str]) -> None:
+    """A folder takes the recipe's file names; a pattern replaces them."""
+    assert shard_pattern(data, "a-*.tar::b.tar") == expected
