@@ -22,5 +22,7 @@ __all__ = [*_PUBLIC, "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        raise AttributeError(f"module 'd2v_ds' has no attribute '{name}'; it has: {', '.join(sorted(__all__))}")
+        raise AttributeError(
+            f"module 'd2v_ds' has no attribute '{name}'; it has: {', '.join(sorted(__all__))}"
+        )
     return getattr(import_module(_PUBLIC[name]), name)

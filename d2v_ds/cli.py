@@ -24,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="d2v", description="Train and use data2vec models.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="d2v", description="Train and use data2vec models.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("train", help="pre-train a model (d2v train --help)", add_help=False)
@@ -32,8 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="one safetensors file from a run's checkpoint")
     export.add_argument("path", type=Path, metavar="RUN", help="run folder, or a step_* folder in it")
     export.add_argument("--out", type=Path, required=True, help="folder to write")
-    export.add_argument("--weights", choices=("student", "teacher", "both"), default="student",
-                        help="whose weights (default: student)")
+    export.add_argument(
+        "--weights",
+        choices=("student", "teacher", "both"),
+        default="student",
+        help="whose weights (default: student)",
+    )
     export.set_defaults(run=run_export)
 
     index = commands.add_parser("index", help="build the index of tar shards")
@@ -79,7 +85,9 @@ def run_recipes(arguments: argparse.Namespace) -> int:
 def run_probe(arguments: argparse.Namespace) -> int:
     from d2v_ds.tasks.probe import format_rows, probe
 
-    rows = probe(arguments.model, arguments.train, arguments.test, modality=arguments.modality, label=arguments.label)
+    rows = probe(
+        arguments.model, arguments.train, arguments.test, modality=arguments.modality, label=arguments.label
+    )
     print(format_rows(rows))
     return 0
 

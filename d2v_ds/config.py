@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 class Config(BaseModel):
     """A typed, validated group of settings; assignment is validated too."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True,
-                              protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -22,7 +23,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if not matches:  # compare the last part alone: `steps` is near `train.steps`
         tails = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
-        matches = [tails[t] for t in difflib.get_close_matches(name.rsplit(".", 1)[-1], tails, n=1, cutoff=0.6)]
+        matches = [
+            tails[t] for t in difflib.get_close_matches(name.rsplit(".", 1)[-1], tails, n=1, cutoff=0.6)
+        ]
     return f"; did you mean '{matches[0]}'?" if matches else f"; known: {', '.join(known)}"
 
 

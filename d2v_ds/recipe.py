@@ -16,9 +16,9 @@ import yaml
 from pydantic import SerializeAsAny, ValidationError, field_validator, model_validator
 
 from d2v_ds.config import Config, dotted_keys, explain, nearest
+from d2v_ds.modalities import MODALITIES, config_class, known
 from d2v_ds.model.encoder import ModalityConfig
 from d2v_ds.model.layers import Body
-from d2v_ds.modalities import MODALITIES, config_class, known
 
 
 class EMA(Config):
@@ -79,8 +79,10 @@ class Recipe(Config):
     def typed_modalities(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {name: settings if isinstance(settings, ModalityConfig) else config_class(known(name))(**settings)
-                for name, settings in value.items()}
+        return {
+            name: settings if isinstance(settings, ModalityConfig) else config_class(known(name))(**settings)
+            for name, settings in value.items()
+        }
 
     @model_validator(mode="after")
     def consistent(self) -> Recipe:
@@ -98,21 +100,39 @@ class Recipe(Config):
 
     def hash(self) -> str:
         """Of what must not change when a run is resumed: all but how long, where, and how it is watched."""
-        kept = {k: v for k, v in dotted_keys(self).items() if k not in FREE and not k.endswith(".data.shards")}
+        kept = {
+            k: v for k, v in dotted_keys(self).items() if k not in FREE and not k.endswith(".data.shards")
+        }
         return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
-FREE = {"name", "out", "data", "precision", "train.steps", "train.log_every", "train.save_every",
-        "train.keep_checkpoints", "train.workers", "train.skip_limit", "train.max_bad_share", "train.timeout_minutes"}
+FREE = {
+    "name",
+    "out",
+    "data",
+    "precision",
+    "train.steps",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.workers",
+    "train.skip_limit",
+    "train.max_bad_share",
+    "train.timeout_minutes",
+}
 
 
 def recipes() -> dict[str, Any]:
     """Every shipped recipe by name: the functions that return a Recipe, of each modality and of the joint ones."""
     modules = [import_module(f"d2v_ds.modalities.{name}.recipes") for name in MODALITIES]
     modules.append(import_module("d2v_ds.modalities.multimodal"))
-    return {name: function for module in modules for name, function in vars(module).items()
-            if getattr(function, "__module__", "") == module.__name__
-            and function.__annotations__.get("return") == "Recipe"}
+    return {
+        name: function
+        for module in modules
+        for name, function in vars(module).items()
+        if getattr(function, "__module__", "") == module.__name__
+        and function.__annotations__.get("return") == "Recipe"
+    }
 
 
 def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -132,7 +152,9 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 
 def read_yaml(path: Path) -> Recipe:
     if not path.is_file():
-        raise ValueError(f"recipe file {path} does not exist; give a YAML file or one of {', '.join(recipes())}")
+        raise ValueError(
+            f"recipe file {path} does not exist; give a YAML file or one of {', '.join(recipes())}"
+        )
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     return validated(settings, str(path))
 

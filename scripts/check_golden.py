@@ -27,8 +27,8 @@ from d2v_ds.model.data2vec import Data2Vec
 from d2v_ds.model.decoder import fill_in
 from d2v_ds.model.layers import alibi_bias, alibi_slopes
 
-TIGHT = {"rtol": 1e-4, "atol": 5e-5}   # local features, encoder input and output, features
-LOOSE = {"rtol": 1e-4, "atol": 2e-4}   # targets and predictions
+TIGHT = {"rtol": 1e-4, "atol": 5e-5}  # local features, encoder input and output, features
+LOOSE = {"rtol": 1e-4, "atol": 2e-4}  # targets and predictions
 
 
 @dataclass
@@ -42,15 +42,25 @@ class Row:
 
 def compare(quantity: str, ours: Tensor, reference: Tensor, rtol: float, atol: float) -> Row:
     if ours.shape != reference.shape:
-        return Row(f"{quantity} shape {tuple(ours.shape)} != {tuple(reference.shape)}", float("inf"), float("inf"))
+        return Row(
+            f"{quantity} shape {tuple(ours.shape)} != {tuple(reference.shape)}", float("inf"), float("inf")
+        )
     difference = (ours.double() - reference.double()).abs()
-    error = (difference / (atol + rtol * reference.double().abs())).max().item() if difference.numel() else 0.0
+    error = (
+        (difference / (atol + rtol * reference.double().abs())).max().item() if difference.numel() else 0.0
+    )
     finite = bool(torch.isfinite(ours.double()).all())
-    return Row(quantity, difference.max().item() if difference.numel() else 0.0, error if finite else float("inf"))
+    return Row(
+        quantity, difference.max().item() if difference.numel() else 0.0, error if finite else float("inf")
+    )
 
 
-def compare_number(quantity: str, ours: float, reference: float, rtol: float = 1e-5, atol: float = 0.0) -> Row:
-    return compare(quantity, torch.tensor(ours), torch.tensor(reference, dtype=torch.float64), rtol, atol or 1e-12)
+def compare_number(
+    quantity: str, ours: float, reference: float, rtol: float = 1e-5, atol: float = 0.0
+) -> Row:
+    return compare(
+        quantity, torch.tensor(ours), torch.tensor(reference, dtype=torch.float64), rtol, atol or 1e-12
+    )
 
 
 class Case:
@@ -64,9 +74,11 @@ class Case:
 
     def build(self) -> Data2Vec:
         cfg = self.info["resolved_config"]
-        (name, modality), = cfg["modalities"].items()
+        ((name, modality),) = cfg["modalities"].items()
         if name == "text":
-            modality["vocabulary"] = self.weights["modality_encoders.TEXT.local_encoder.embed_tokens.weight"].shape[0]
+            modality["vocabulary"] = self.weights[
+                "modality_encoders.TEXT.local_encoder.embed_tokens.weight"
+            ].shape[0]
         body, configs = our_config(cfg)
         self.modality, self.config, self.alibi = name, configs[name], configs[name].alibi
         model = build_model(body, configs, fairseq_compat=True)
@@ -107,16 +119,20 @@ class Case:
         if prefix + "enc_padding_mask" in self.tensors:
             yield compare("enc_padding_mask", padding, get("enc_padding_mask"), 0, 0.5)
         if prefix + "enc_alibi_bias" in self.tensors:
-            yield compare("enc_alibi_bias", self.recorded_bias(encoder.context, batch), get("enc_alibi_bias"), **TIGHT)
+            yield compare(
+                "enc_alibi_bias", self.recorded_bias(encoder.context, batch), get("enc_alibi_bias"), **TIGHT
+            )
         hidden = model.see_visible(batch, local)
         yield compare("enc_out", hidden, get("enc_out"), **TIGHT)
         decoder = model.decoders[self.modality]
-        kept = hidden[:, self.config.extra_tokens:]
-        yield compare("dec_out", decoder(fill_in(kept, batch.restore_NT, get("dec_noise"))), get("dec_out"), **LOOSE)
+        kept = hidden[:, self.config.extra_tokens :]
+        yield compare(
+            "dec_out", decoder(fill_in(kept, batch.restore_NT, get("dec_noise"))), get("dec_out"), **LOOSE
+        )
         _, layers = model.teach(batch, local)
         for i, layer in enumerate(layers):
             if f"{prefix}teacher_layer.{i}" in self.tensors:
-                ours = layer[:, self.config.extra_tokens:]
+                ours = layer[:, self.config.extra_tokens :]
                 yield compare(f"teacher_layer.{i}", ours, get(f"teacher_layer.{i}"), **TIGHT)
         yield compare("targets_full", model.make_targets(batch, local), get("targets_full"), **LOOSE)
 
@@ -147,7 +163,9 @@ class Case:
         yield from self.check_gradients(model, prefix, recorded)
         quiet = model(batch, torch.zeros_like(get("dec_noise")))
         yield compare("nonoise.pred", quiet.pred_NJD.flatten(0, 1), get("nonoise.pred"), **LOOSE)
-        yield compare_number("nonoise.total_loss", quiet.loss.item(), recorded["scalars_nonoise"]["total_loss"])
+        yield compare_number(
+            "nonoise.total_loss", quiet.loss.item(), recorded["scalars_nonoise"]["total_loss"]
+        )
 
     @torch.no_grad()
     def check_elements(self, model: Data2Vec, batch: Batch, prefix: str) -> Iterator[Row]:
@@ -161,8 +179,15 @@ class Case:
             yield compare(f"loss.{name}", ours, self.tensors[f"{prefix}loss.{name}"], rtol=1e-3, atol=1e-3)
         if f"{prefix}loss.cls" in self.tensors:
             hidden = model.see_visible(batch, model.encoders[self.modality].local(batch.source))
-            ours = regression(hidden[:, self.config.extra_tokens - 1], model.mean_target(batch, out.targets_BTD),
-                              self.config.loss) * self.config.loss.cls_weight * out.sample_size
+            ours = (
+                regression(
+                    hidden[:, self.config.extra_tokens - 1],
+                    model.mean_target(batch, out.targets_BTD),
+                    self.config.loss,
+                )
+                * self.config.loss.cls_weight
+                * out.sample_size
+            )
             yield compare("loss.cls", ours, self.tensors[f"{prefix}loss.cls"], rtol=1e-3, atol=1e-3)
 
     def check_gradients(self, model: Data2Vec, prefix: str, recorded: dict) -> Iterator[Row]:
@@ -177,8 +202,14 @@ class Case:
             if full is not None:
                 reference = our_tensor(name, full)
                 difference = (gradient - reference).double().norm().item()
-                yield Row(f"grad.{name}", difference, difference / (1e-3 * reference.double().norm().item() + slack))
-        total = torch.stack([p.grad.double().norm() for p in parameters.values() if p.grad is not None]).norm().item()
+                yield Row(
+                    f"grad.{name}", difference, difference / (1e-3 * reference.double().norm().item() + slack)
+                )
+        total = (
+            torch.stack([p.grad.double().norm() for p in parameters.values() if p.grad is not None])
+            .norm()
+            .item()
+        )
         yield compare_number("grad_global_l2", total, recorded["grad_global_l2"], rtol=1e-3)
 
     @torch.no_grad()
@@ -189,12 +220,18 @@ class Case:
         for kind, layers in (("block_out", outputs), ("layer_result", ffns)):
             for i, layer in enumerate(layers):
                 if f"{prefix}feat.{kind}.{i}" in self.tensors:
-                    yield compare(f"feat.{kind}.{i}", layer, self.tensors[f"{prefix}feat.{kind}.{i}"], **TIGHT)
+                    yield compare(
+                        f"feat.{kind}.{i}", layer, self.tensors[f"{prefix}feat.{kind}.{i}"], **TIGHT
+                    )
         if f"{prefix}feat.x" in self.tensors:
-            ours = outputs[-1][:, self.config.extra_tokens:]
+            ours = outputs[-1][:, self.config.extra_tokens :]
             yield compare("feat.x", ours, self.tensors[f"{prefix}feat.x"], **TIGHT)
         if f"{prefix}feat.padding_mask" in self.tensors:
-            ours = torch.zeros(ours.shape[:2], dtype=torch.bool) if batch.padding_BT is None else batch.padding_BT
+            ours = (
+                torch.zeros(ours.shape[:2], dtype=torch.bool)
+                if batch.padding_BT is None
+                else batch.padding_BT
+            )
             yield compare("feat.padding_mask", ours, self.tensors[f"{prefix}feat.padding_mask"], 0, 0.5)
 
     def check_ema(self, model: Data2Vec) -> Iterator[Row]:
@@ -215,16 +252,24 @@ def prefixed(batch: str, row: Row) -> Row:
 
 def find_cases(folder: Path) -> list[Path]:
     """NAME.json files with both tensor files beside them."""
-    cases = [path for path in sorted(folder.glob("*.json"))
-             if path.with_suffix(".weights.safetensors").exists() and path.with_suffix(".tensors.safetensors").exists()]
+    cases = [
+        path
+        for path in sorted(folder.glob("*.json"))
+        if path.with_suffix(".weights.safetensors").exists()
+        and path.with_suffix(".tensors.safetensors").exists()
+    ]
     if not cases:
-        raise SystemExit(f"no case in {folder}: a case is NAME.json with NAME.weights.safetensors and "
-                         "NAME.tensors.safetensors beside it")
+        raise SystemExit(
+            f"no case in {folder}: a case is NAME.json with NAME.weights.safetensors and "
+            "NAME.tensors.safetensors beside it"
+        )
     return cases
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="folder of recorded cases")
     parser.add_argument("--worst", type=int, default=0, help="print only the N worst rows of each case")
     arguments = parser.parse_args()
@@ -239,8 +284,12 @@ def main() -> int:
         shown = sorted(rows, key=lambda row: -row.error)[: arguments.worst] if arguments.worst else rows
         for row in shown:
             verdict = "ok" if row.error <= 1 else "MISS"
-            print(f"{path.stem:24} {row.quantity:72} diff {row.max_difference:9.2e}  {row.error:9.2e} of tolerance  {verdict}")
-        print(f"{path.stem:24} {len(rows)} quantities, {sum(not row.error <= 1 for row in rows)} out of tolerance")
+            print(
+                f"{path.stem:24} {row.quantity:72} diff {row.max_difference:9.2e}  {row.error:9.2e} of tolerance  {verdict}"
+            )
+        print(
+            f"{path.stem:24} {len(rows)} quantities, {sum(not row.error <= 1 for row in rows)} out of tolerance"
+        )
     return 1 if misses else 0
 
 

@@ -24,7 +24,9 @@ def find_checkpoint(run: Path) -> Checkpoint:
     found, problems = newest(run)
     if found is None:
         why = "; ".join(problems) or "it has no step_* folder"
-        raise ValueError(f"{run} holds no checkpoint: {why}; give a run folder (checkpoints/NAME) or a step_* folder")
+        raise ValueError(
+            f"{run} holds no checkpoint: {why}; give a run folder (checkpoints/NAME) or a step_* folder"
+        )
     return Checkpoint(found)
 
 
@@ -56,8 +58,14 @@ def export(run: str | Path, out: str | Path, weights: Weights = "student") -> Pa
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.chmod(0o644)  # safetensors makes files that only their owner reads
     temporary.replace(out / "model.safetensors")
-    config = {"format": FORMAT, "version": 1, "weights": weights, "step": checkpoint.loop["step"],
-              "applied_steps": checkpoint.loop["applied_steps"], "recipe": checkpoint.loop["recipe"]}
+    config = {
+        "format": FORMAT,
+        "version": 1,
+        "weights": weights,
+        "step": checkpoint.loop["step"],
+        "applied_steps": checkpoint.loop["applied_steps"],
+        "recipe": checkpoint.loop["recipe"],
+    }
     (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     for file in tokenizers(checkpoint.folder.parent):
         shutil.copyfile(file, out / file.name)
@@ -71,6 +79,8 @@ def tokenizers(run: Path) -> list[Path]:
 
 def card(config: dict[str, Any], parameters: int) -> str:
     recipe = config["recipe"]
-    return (f"# {recipe['name']}\n\ndata2vec 2.0 weights ({config['weights']}) after {config['step']} steps on "
-            f"`{recipe['data']}`: {', '.join(recipe['modalities'])}, {parameters / 1e6:.1f} M parameters, fp32.\n\n"
-            "```python\nimport d2v_ds\n\nencoder = d2v_ds.load(\"THIS_FOLDER\")\nfeatures = encoder.extract(x)\n```\n")
+    return (
+        f"# {recipe['name']}\n\ndata2vec 2.0 weights ({config['weights']}) after {config['step']} steps on "
+        f"`{recipe['data']}`: {', '.join(recipe['modalities'])}, {parameters / 1e6:.1f} M parameters, fp32.\n\n"
+        '```python\nimport d2v_ds\n\nencoder = d2v_ds.load("THIS_FOLDER")\nfeatures = encoder.extract(x)\n```\n'
+    )

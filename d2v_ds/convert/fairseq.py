@@ -23,18 +23,33 @@ RULES = [
     (r"modality_encoders\.(?P<m>\w+)\.decoder\.blocks\.(\d+)\.0\.(.*)", r"decoders.{m}.blocks.\2.conv.\3"),
     (r"modality_encoders\.(?P<m>\w+)\.decoder\.proj\.(.*)", r"decoders.{m}.proj.\2"),
     (r"modality_encoders\.(?P<m>IMAGE)\.local_encoder\.proj\.(.*)", r"encoders.{m}.local.proj.\2"),
-    (r"modality_encoders\.(?P<m>AUDIO)\.local_encoder\.conv_layers\.(\d+)\.0\.(.*)", r"encoders.{m}.local.convs.\2.\3"),
-    (r"modality_encoders\.(?P<m>AUDIO)\.local_encoder\.conv_layers\.(\d+)\.2\.1\.(.*)",
-     r"encoders.{m}.local.norms.\2.\3"),
+    (
+        r"modality_encoders\.(?P<m>AUDIO)\.local_encoder\.conv_layers\.(\d+)\.0\.(.*)",
+        r"encoders.{m}.local.convs.\2.\3",
+    ),
+    (
+        r"modality_encoders\.(?P<m>AUDIO)\.local_encoder\.conv_layers\.(\d+)\.2\.1\.(.*)",
+        r"encoders.{m}.local.norms.\2.\3",
+    ),
     (r"modality_encoders\.(?P<m>AUDIO)\.project_features\.1\.(.*)", r"encoders.{m}.local.norm.\2"),
     (r"modality_encoders\.(?P<m>AUDIO)\.project_features\.2\.(.*)", r"encoders.{m}.local.proj.\2"),
-    (r"modality_encoders\.(?P<m>AUDIO)\.relative_positional_encoder\.0\.(weight|bias)",
-     r"encoders.{m}.context.conv_positions.pre_norm.\2"),
-    (r"modality_encoders\.(?P<m>AUDIO)\.relative_positional_encoder\.(?:1\.)?(?P<n>\d+)\.0\.(.*)",
-     r"encoders.{m}.context.conv_positions.convs.{n}.conv.\3"),
+    (
+        r"modality_encoders\.(?P<m>AUDIO)\.relative_positional_encoder\.0\.(weight|bias)",
+        r"encoders.{m}.context.conv_positions.pre_norm.\2",
+    ),
+    (
+        r"modality_encoders\.(?P<m>AUDIO)\.relative_positional_encoder\.(?:1\.)?(?P<n>\d+)\.0\.(.*)",
+        r"encoders.{m}.context.conv_positions.convs.{n}.conv.\3",
+    ),
     (r"modality_encoders\.(?P<m>TEXT)\.local_encoder\.embed_tokens\.(.*)", r"encoders.{m}.local.tokens.\2"),
-    (r"modality_encoders\.(?P<m>TEXT)\.local_encoder\.embed_positions\.(.*)", r"encoders.{m}.local.positions.\2"),
-    (r"modality_encoders\.(?P<m>TEXT)\.local_encoder\.layernorm_embedding\.(.*)", r"encoders.{m}.local.norm.\2"),
+    (
+        r"modality_encoders\.(?P<m>TEXT)\.local_encoder\.embed_positions\.(.*)",
+        r"encoders.{m}.local.positions.\2",
+    ),
+    (
+        r"modality_encoders\.(?P<m>TEXT)\.local_encoder\.layernorm_embedding\.(.*)",
+        r"encoders.{m}.local.norm.\2",
+    ),
 ]
 RECOMPUTED = re.compile(r"(_ema\.)?modality_encoders\.\w+\.fixed_positional_encoder\.positions")
 
@@ -53,8 +68,12 @@ def our_name(name: str) -> str | None:
         match = re.fullmatch(pattern, name)
         if match:
             groups = match.groupdict()
-            return match.expand(replacement).format(m=groups.get("m", "").lower(), n=int(groups.get("n") or 1) - 1)
-    raise ValueError(f"'{name}' is no tensor of a data2vec 2.0 model; is the file of another model or version?")
+            return match.expand(replacement).format(
+                m=groups.get("m", "").lower(), n=int(groups.get("n") or 1) - 1
+            )
+    raise ValueError(
+        f"'{name}' is no tensor of a data2vec 2.0 model; is the file of another model or version?"
+    )
 
 
 def our_tensor(name: str, tensor: Tensor) -> Tensor:
@@ -64,7 +83,9 @@ def our_tensor(name: str, tensor: Tensor) -> Tensor:
 
 def our_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A fairseq state dict (teacher flat under `_ema.`) under our names."""
-    return {our: our_tensor(name, tensor) for name, tensor in state.items() if (our := our_name(name)) is not None}
+    return {
+        our: our_tensor(name, tensor) for name, tensor in state.items() if (our := our_name(name)) is not None
+    }
 
 
 def our_config(cfg: dict[str, Any]) -> tuple[Body, dict[str, ModalityConfig]]:
@@ -73,20 +94,32 @@ def our_config(cfg: dict[str, Any]) -> tuple[Body, dict[str, ModalityConfig]]:
     Raises ValueError for settings that no released model uses and that we do not have.
     """
     refuse_unknown(cfg)
-    body = Body(dim=cfg["embed_dim"], depth=cfg["depth"], heads=cfg["num_heads"], mlp_ratio=cfg["mlp_ratio"],
-                norm_eps=cfg["norm_eps"], encoder_dropout=cfg["encoder_dropout"],
-                attention_dropout=cfg["attention_dropout"], activation_dropout=cfg["activation_dropout"],
-                post_mlp_dropout=cfg["post_mlp_drop"], input_dropout=cfg["dropout_input"],
-                layerdrop=cfg["layerdrop"], drop_path=(cfg["start_drop_path_rate"], cfg["end_drop_path_rate"]))
-    configs = {name: modality_config(name, cfg, modality)
-               for name, modality in cfg["modalities"].items() if modality}
+    body = Body(
+        dim=cfg["embed_dim"],
+        depth=cfg["depth"],
+        heads=cfg["num_heads"],
+        mlp_ratio=cfg["mlp_ratio"],
+        norm_eps=cfg["norm_eps"],
+        encoder_dropout=cfg["encoder_dropout"],
+        attention_dropout=cfg["attention_dropout"],
+        activation_dropout=cfg["activation_dropout"],
+        post_mlp_dropout=cfg["post_mlp_drop"],
+        input_dropout=cfg["dropout_input"],
+        layerdrop=cfg["layerdrop"],
+        drop_path=(cfg["start_drop_path_rate"], cfg["end_drop_path_rate"]),
+    )
+    configs = {
+        name: modality_config(name, cfg, modality) for name, modality in cfg["modalities"].items() if modality
+    }
     return body, configs
 
 
 def refuse_unknown(cfg: dict[str, Any]) -> None:
-    rules = {"layer_norm_first": "its pre-norm block loses the residual, so its weights are of no use elsewhere",
-             "shared_decoder": "no released model shares a decoder",
-             "recon_loss": "no released model reconstructs pixels"}
+    rules = {
+        "layer_norm_first": "its pre-norm block loses the residual, so its weights are of no use elsewhere",
+        "shared_decoder": "no released model shares a decoder",
+        "recon_loss": "no released model reconstructs pixels",
+    }
     for key, why in rules.items():
         if cfg.get(key):
             raise ValueError(f"fairseq setting {key}={cfg[key]} is not supported: {why}")
@@ -99,12 +132,19 @@ def modality_config(name: str, cfg: dict[str, Any], modality: dict[str, Any]) ->
         "mask": mask_config(modality),
         "target": target_config(cfg),
         "loss": Loss(beta=cfg["loss_beta"], scale=cfg["loss_scale"], cls_weight=cfg["cls_loss"]),
-        "decoder": DecoderConfig(dim=decoder["decoder_dim"], kernel=decoder["decoder_kernel"],
-                                 layers=decoder["decoder_layers"], groups=decoder["decoder_groups"],
-                                 residual=decoder["decoder_residual"], input_dropout=decoder["input_dropout"],
-                                 projection_layers=decoder["projection_layers"],
-                                 projection_ratio=decoder["projection_ratio"]),
-        "teacher": ("blocks" if cfg["ema_encoder_only"] else "full" if modality["ema_local_encoder"] else "context"),
+        "decoder": DecoderConfig(
+            dim=decoder["decoder_dim"],
+            kernel=decoder["decoder_kernel"],
+            layers=decoder["decoder_layers"],
+            groups=decoder["decoder_groups"],
+            residual=decoder["decoder_residual"],
+            input_dropout=decoder["input_dropout"],
+            projection_layers=decoder["projection_layers"],
+            projection_ratio=decoder["projection_ratio"],
+        ),
+        "teacher": (
+            "blocks" if cfg["ema_encoder_only"] else "full" if modality["ema_local_encoder"] else "context"
+        ),
         "prenet_depth": modality["prenet_depth"],
         "prenet_dropout": modality["prenet_dropout"],
         "prenet_layerdrop": modality["prenet_layerdrop"],
@@ -123,28 +163,45 @@ def extra_init(modality: dict[str, Any]) -> str:
 
 
 def mask_config(modality: dict[str, Any]) -> Mask:
-    kind = "inverse_block" if modality["inverse_mask"] else "block" if modality["mask_length"] > 1 else "random"
-    return Mask(kind=kind, ratio=modality["mask_prob"], adjust=modality["mask_prob_adjust"],
-                length=modality["mask_length"], noise_std=modality["mask_noise_std"])
+    kind = (
+        "inverse_block" if modality["inverse_mask"] else "block" if modality["mask_length"] > 1 else "random"
+    )
+    return Mask(
+        kind=kind,
+        ratio=modality["mask_prob"],
+        adjust=modality["mask_prob_adjust"],
+        length=modality["mask_length"],
+        noise_std=modality["mask_noise_std"],
+    )
 
 
 def target_config(cfg: dict[str, Any]) -> Target:
     per_layer = [norm for norm in ("batch", "instance", "layer") if cfg.get(f"{norm}_norm_target_layer")]
     if len(per_layer) > 1:
-        raise ValueError(f"several norms of one target layer, {per_layer}, are not supported: no released model has them")
-    return Target(top_k=cfg["average_top_k_layers"], per_layer=per_layer[0] if per_layer else "none",
-                  final=tuple(norm for norm in ("layer", "instance") if cfg.get(f"{norm}_norm_targets")),
-                  source="block" if cfg["end_of_block_targets"] else "ffn")
+        raise ValueError(
+            f"several norms of one target layer, {per_layer}, are not supported: no released model has them"
+        )
+    return Target(
+        top_k=cfg["average_top_k_layers"],
+        per_layer=per_layer[0] if per_layer else "none",
+        final=tuple(norm for norm in ("layer", "instance") if cfg.get(f"{norm}_norm_targets")),
+        source="block" if cfg["end_of_block_targets"] else "ffn",
+    )
 
 
 def alibi_config(modality: dict[str, Any]) -> Alibi | None:
     if not modality["use_alibi_encoder"]:
         return None
     if modality["type"] == "IMAGE" or modality["learned_alibi"]:
-        raise ValueError("ALiBi over a grid (images) or a learned bias matrix is not supported: no released model has it")
-    return Alibi(scale=modality["alibi_scale"], learned=modality["learned_alibi_scale"],
-                 per_head=modality["learned_alibi_scale_per_head"],
-                 per_layer=modality["learned_alibi_scale_per_layer"])
+        raise ValueError(
+            "ALiBi over a grid (images) or a learned bias matrix is not supported: no released model has it"
+        )
+    return Alibi(
+        scale=modality["alibi_scale"],
+        learned=modality["learned_alibi_scale"],
+        per_head=modality["learned_alibi_scale_per_head"],
+        per_layer=modality["learned_alibi_scale_per_layer"],
+    )
 
 
 def image_keys(modality: dict[str, Any]) -> dict[str, Any]:
@@ -152,9 +209,13 @@ def image_keys(modality: dict[str, Any]) -> dict[str, Any]:
 
 
 def audio_keys(modality: dict[str, Any]) -> dict[str, Any]:
-    return {"conv_layers": parse_conv_layers(modality["feature_encoder_spec"]),
-            "position_width": modality["conv_pos_width"], "position_depth": modality["conv_pos_depth"],
-            "position_groups": modality["conv_pos_groups"], "position_pre_norm": modality["conv_pos_pre_ln"]}
+    return {
+        "conv_layers": parse_conv_layers(modality["feature_encoder_spec"]),
+        "position_width": modality["conv_pos_width"],
+        "position_depth": modality["conv_pos_depth"],
+        "position_groups": modality["conv_pos_groups"],
+        "position_pre_norm": modality["conv_pos_pre_ln"],
+    }
 
 
 def parse_conv_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
@@ -169,8 +230,11 @@ def parse_conv_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
 
 
 def text_keys(modality: dict[str, Any]) -> dict[str, Any]:
-    keys = {"max_tokens": modality["max_source_positions"], "embed_dropout": modality["dropout"],
-            "embed_norm": modality["layernorm_embedding"]}
+    keys = {
+        "max_tokens": modality["max_source_positions"],
+        "embed_dropout": modality["dropout"],
+        "embed_norm": modality["layernorm_embedding"],
+    }
     return keys | ({"vocabulary": modality["vocabulary"]} if "vocabulary" in modality else {})
 
 

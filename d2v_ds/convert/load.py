@@ -80,7 +80,9 @@ def load(path: str | Path, modality: str | None = None, weights: str = "student"
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; give a run folder such as checkpoints/image_base, or an export")
+        raise ValueError(
+            f"{path} does not exist; give a run folder such as checkpoints/image_base, or an export"
+        )
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
         recipe, tensors, files = read_export(path)
     else:
@@ -100,8 +102,10 @@ def load(path: str | Path, modality: str | None = None, weights: str = "student"
 def read_export(path: Path) -> tuple[Recipe, dict[str, Tensor], Path]:
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if config.get("format") != FORMAT:
-        raise ValueError(f"{path}/config.json has format {config.get('format')!r}, must be {FORMAT!r}: "
-                         "it was not written by `d2v export`")
+        raise ValueError(
+            f"{path}/config.json has format {config.get('format')!r}, must be {FORMAT!r}: "
+            "it was not written by `d2v export`"
+        )
     return Recipe(**config["recipe"]), load_file(path / "model.safetensors"), path
 
 

@@ -35,12 +35,21 @@ def parameter_groups(model: Data2Vec, weight_decay: float, decay_all: bool) -> l
         if parameter.requires_grad:
             decays = decay_all or (parameter.ndim > 1 and not name.endswith("alibi_scale"))
             groups.setdefault((name in followed, decays), []).append((name, parameter))
-    return [{"params": [p for _, p in members], "weight_decay": weight_decay if decays else 0.0}
-            for (_, decays), members in sorted(groups.items(), reverse=True)]
+    return [
+        {"params": [p for _, p in members], "weight_decay": weight_decay if decays else 0.0}
+        for (_, decays), members in sorted(groups.items(), reverse=True)
+    ]
 
 
-def build_optimizer(model: Data2Vec, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
-                    decay_all: bool) -> torch.optim.AdamW:
+def build_optimizer(
+    model: Data2Vec,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decay_all: bool,
+) -> torch.optim.AdamW:
     groups = parameter_groups(model, weight_decay, decay_all)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 

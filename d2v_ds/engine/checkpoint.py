@@ -29,8 +29,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2v_ds.engine.ema import TeacherEMA
-from d2v_ds.engine.partition import (base_optimizer, fragments, full_shape, is_replicated, publish_weights,
-                                     shard_range)
+from d2v_ds.engine.partition import (
+    base_optimizer,
+    fragments,
+    full_shape,
+    is_replicated,
+    publish_weights,
+    shard_range,
+)
 from d2v_ds.model.data2vec import TEACHER
 
 STEP = re.compile(r"step_(\d{8})")
@@ -38,6 +44,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 # ---- writing -------------------------------------------------------------------------------------------------
+
 
 def save(engine: Any, ema: TeacherEMA, run: Path, step: int, loop: dict[str, Any], keep: int) -> Path:
     """Commits the state after `step` steps; all ranks call it. Returns the checkpoint's folder.
@@ -57,13 +64,23 @@ def save(engine: Any, ema: TeacherEMA, run: Path, step: int, loop: dict[str, Any
     dist.all_gather_object(records, record)
     failed = [r["error"] for r in records if "error" in r]
     if failed:
-        raise OSError(f"checkpoint of step {step} was not written: {failed[0]}; the previous one is untouched")
+        raise OSError(
+            f"checkpoint of step {step} was not written: {failed[0]}; the previous one is untouched"
+        )
     if rank == 0:
         files = [r for r in records if r]
         files.append(write_json(temporary / "loop.json", {**loop, "step": step, **engine_counters(engine)}))
-        write_json(temporary / "manifest.json", {"version": 1, "step": step, "world_size": dist.get_world_size(),
-                                                 "stage": engine.zero_optimization_stage(),
-                                                 "parameters": describe(engine), "files": files})
+        write_json(
+            temporary / "manifest.json",
+            {
+                "version": 1,
+                "step": step,
+                "world_size": dist.get_world_size(),
+                "stage": engine.zero_optimization_stage(),
+                "parameters": describe(engine),
+                "files": files,
+            },
+        )
         commit(temporary, final)
         prune(run, keep)
     dist.barrier()
@@ -104,13 +121,17 @@ def frozen_stretches(engine: Any) -> Iterable[tuple[str, int, Tensor]]:
 
 def describe(engine: Any) -> dict[str, Any]:
     """Shape of every parameter, by name; what the exporter puts together."""
-    return {name: {"shape": list(full_shape(p)), "trainable": p.requires_grad}
-            for name, p in engine.module.named_parameters()}
+    return {
+        name: {"shape": list(full_shape(p)), "trainable": p.requires_grad}
+        for name, p in engine.module.named_parameters()
+    }
 
 
 def engine_counters(engine: Any) -> dict[str, Any]:
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    numbers = {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler is not None else {}
+    numbers = (
+        {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler is not None else {}
+    )
     return {"skipped_steps": engine.skipped_steps, "loss_scaler": numbers}
 
 
@@ -137,7 +158,11 @@ def finish(path: Path) -> dict[str, Any]:
 
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _sha256(file)
+        )
 
 
 def _sha256(file: Any) -> str:  # Python 3.10
@@ -165,11 +190,12 @@ def fsync_folder(folder: Path) -> None:
 
 
 def prune(run: Path, keep: int) -> None:
-    for old in checkpoints(run)[max(keep, 1):]:
+    for old in checkpoints(run)[max(keep, 1) :]:
         shutil.rmtree(old)
 
 
 # ---- finding -------------------------------------------------------------------------------------------------
+
 
 def checkpoints(run: Path) -> list[Path]:
     """Committed checkpoints of a run folder, newest first."""
@@ -208,6 +234,7 @@ def damage(checkpoint: Path) -> str | None:
 
 # ---- reading -------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Stretch:
     start: int
@@ -224,7 +251,9 @@ class Checkpoint:
         self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self.loop = json.loads((folder / "loop.json").read_text(encoding="utf-8"))
         self.stretches: dict[tuple[str, str], list[Stretch]] = {}
-        self.files = {path: safe_open(path, framework="pt") for path in sorted(folder.glob("rank_*.safetensors"))}
+        self.files = {
+            path: safe_open(path, framework="pt") for path in sorted(folder.glob("rank_*.safetensors"))
+        }
         for path, file in self.files.items():
             for key in file.keys():  # noqa: SIM118  (safe_open is no dict)
                 kind, name, start = key.split("|")
@@ -242,14 +271,18 @@ class Checkpoint:
                 result[first - start : last - start] = piece
                 covered += last - first
         if covered != numel:
-            raise ValueError(f"{self.folder} holds {covered} of {numel} values of {kind} {name}; "
-                             "it is of another model or incomplete")
+            raise ValueError(
+                f"{self.folder} holds {covered} of {numel} values of {kind} {name}; "
+                "it is of another model or incomplete"
+            )
         return result
 
     def full(self, kind: str, name: str) -> Tensor:
         """A whole parameter in its shape."""
         shape = torch.Size(self.manifest["parameters"][name]["shape"])
-        return self.read(kind, name.removeprefix(TEACHER) if kind == "ema" else name, 0, shape.numel()).view(shape)
+        return self.read(kind, name.removeprefix(TEACHER) if kind == "ema" else name, 0, shape.numel()).view(
+            shape
+        )
 
     def names(self) -> list[str]:
         return list(self.manifest["parameters"])
@@ -294,5 +327,7 @@ def check_same_model(engine: Any, checkpoint: Checkpoint) -> None:
     theirs = {name: entry["shape"] for name, entry in checkpoint.manifest["parameters"].items()}
     if ours != theirs:
         odd = sorted(set(ours) ^ set(theirs)) or [n for n in ours if ours[n] != theirs[n]]
-        raise ValueError(f"{checkpoint.folder} is of another model: {', '.join(odd[:8])} differ; "
-                         "use the recipe it was made with, or another out=")
+        raise ValueError(
+            f"{checkpoint.folder} is of another model: {', '.join(odd[:8])} differ; "
+            "use the recipe it was made with, or another out="
+        )

@@ -14,22 +14,52 @@ PRESETS = Path(__file__).resolve().parents[2] / "ds_configs"
 DEFAULT_PRESET = "zero3"
 
 TOP_LEVEL = {
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "data_types", "zero_optimization",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
-    "dump_state", "flops_profiler", "comms_logger", "aio", "activation_checkpointing", "seed",
-    "use_data_before_expert_parallelism", "timers",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "torch_autocast",
+    "data_types",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "flops_profiler",
+    "comms_logger",
+    "aio",
+    "activation_checkpointing",
+    "seed",
+    "use_data_before_expert_parallelism",
+    "timers",
 }
 REMOVED = {
-    "amp": "set bf16 or fp16", "nebula": "our own checkpoints replace it", "elasticity":
-    "checkpoints of this project load at any number of ranks", "compression_training": "", "quantize_training": "",
-    "sparse_gradients": "", "sparse_attention": "", "eigenvalue": "", "curriculum_learning": "",
-    "progressive_layer_drop": "set body.layerdrop in the recipe", "graph_harvesting": "",
+    "amp": "set bf16 or fp16",
+    "nebula": "our own checkpoints replace it",
+    "elasticity": "checkpoints of this project load at any number of ranks",
+    "compression_training": "",
+    "quantize_training": "",
+    "sparse_gradients": "",
+    "sparse_attention": "",
+    "eigenvalue": "",
+    "curriculum_learning": "",
+    "progressive_layer_drop": "set body.layerdrop in the recipe",
+    "graph_harvesting": "",
 }
 OURS = {
-    "tensorboard": "TensorBoard is always written to the run folder", "wandb": "metrics.jsonl holds everything",
-    "csv_monitor": "metrics.jsonl holds everything", "checkpoint": "checkpoints are this project's own format",
+    "tensorboard": "TensorBoard is always written to the run folder",
+    "wandb": "metrics.jsonl holds everything",
+    "csv_monitor": "metrics.jsonl holds everything",
+    "checkpoint": "checkpoints are this project's own format",
     "data_efficiency": "the recipe owns the data",
 }
 # zero_optimization keys that would leave the teacher stale or inexact, each with what to do instead
@@ -49,7 +79,9 @@ def find_config(name: str | None) -> Path:
         if path.is_file():
             return path
     presets = [p.stem for p in PRESETS.glob("*.json")]
-    raise ValueError(f"DeepSpeed config '{name}' is neither a file nor a preset{nearest(Path(name).stem, presets)}")
+    raise ValueError(
+        f"DeepSpeed config '{name}' is neither a file nor a preset{nearest(Path(name).stem, presets)}"
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -62,8 +94,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds {type(config).__name__}, must be a JSON object of DeepSpeed settings")
     for key in config:
         if key in REMOVED:
-            raise ValueError(f"{path}: '{key}' was removed from DeepSpeed; delete it" + f" ({REMOVED[key]})" * bool(
-                REMOVED[key]))
+            raise ValueError(
+                f"{path}: '{key}' was removed from DeepSpeed; delete it"
+                + f" ({REMOVED[key]})" * bool(REMOVED[key])
+            )
         if key in OURS:
             raise ValueError(f"{path}: '{key}' has no effect here; delete it ({OURS[key]})")
         if key not in TOP_LEVEL:
@@ -76,12 +110,14 @@ def check_zero(path: Path, zero: dict[str, Any]) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     if not isinstance(zero, dict):
-        raise ValueError(f"{path}: zero_optimization={zero!r} must be an object such as {{\"stage\": 3}}")
+        raise ValueError(f'{path}: zero_optimization={zero!r} must be an object such as {{"stage": 3}}')
     fields = DeepSpeedZeroConfig.model_fields
     known = set(fields) | {f.alias for f in fields.values() if f.alias}
     for key, value in zero.items():
         if key in ZERO_REFUSED and value:
-            raise ValueError(f"{path}: zero_optimization.{key}={value!r} is not supported: {ZERO_REFUSED[key]}; delete it")
+            raise ValueError(
+                f"{path}: zero_optimization.{key}={value!r} is not supported: {ZERO_REFUSED[key]}; delete it"
+            )
         if key not in known and key not in ZERO_REFUSED:
             raise ValueError(f"{path}: unknown key 'zero_optimization.{key}'{nearest(key, known)}")
     if zero.get("stage", 0) not in (0, 1, 2, 3):
@@ -89,12 +125,24 @@ def check_zero(path: Path, zero: dict[str, Any]) -> None:
     for key in ("offload_param", "offload_optimizer"):
         device = (zero.get(key) or {}).get("device", "none")
         if device == "nvme":
-            raise ValueError(f"{path}: zero_optimization.{key}.device=nvme is not supported: the EMA needs its "
-                             "values in memory; use cpu")
+            raise ValueError(
+                f"{path}: zero_optimization.{key}.device=nvme is not supported: the EMA needs its "
+                "values in memory; use cpu"
+            )
 
 
-def resolve_config(config: dict[str, Any], *, clip: float, lr: float, betas: tuple[float, float], eps: float,
-                   weight_decay: float, precision: str, dim: int, path: str = "the DeepSpeed config") -> dict[str, Any]:
+def resolve_config(
+    config: dict[str, Any],
+    *,
+    clip: float,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    precision: str,
+    dim: int,
+    path: str = "the DeepSpeed config",
+) -> dict[str, Any]:
     """The config that DeepSpeed gets: no "auto" left, nothing that contradicts the recipe.
 
     A step is one reduction over micro-batches of several modalities, so DeepSpeed itself counts one
@@ -103,26 +151,42 @@ def resolve_config(config: dict[str, Any], *, clip: float, lr: float, betas: tup
     config = json.loads(json.dumps(config))
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if config.pop(key, "auto") != "auto":
-            raise ValueError(f"{path}: {key} belongs to the recipe; write \"auto\" and set "
-                             "modalities.NAME.data.batch and .micro_batches")
+            raise ValueError(
+                f'{path}: {key} belongs to the recipe; write "auto" and set '
+                "modalities.NAME.data.batch and .micro_batches"
+            )
     drop_optimizer(config, path, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     if config.pop("scheduler", None) is not None:
-        raise ValueError(f"{path}: the learning-rate schedule belongs to the recipe; delete 'scheduler' and set optim.*")
+        raise ValueError(
+            f"{path}: the learning-rate schedule belongs to the recipe; delete 'scheduler' and set optim.*"
+        )
     written = config.pop("gradient_clipping", "auto")
     if written not in ("auto", clip):
-        raise ValueError(f"{path}: gradient_clipping={written} contradicts optim.clip={clip} of the recipe; write \"auto\"")
+        raise ValueError(
+            f'{path}: gradient_clipping={written} contradicts optim.clip={clip} of the recipe; write "auto"'
+        )
     resolve_precision(config, precision, path)
     zero = config.setdefault("zero_optimization", {"stage": 0})
-    autos = {"reduce_bucket_size": max(dim * dim, 1_000_000), "stage3_prefetch_bucket_size": int(0.9 * dim * dim),
-             "stage3_param_persistence_threshold": max(10 * dim, 100_000), "overlap_comm": torch.cuda.is_available()}
+    autos = {
+        "reduce_bucket_size": max(dim * dim, 1_000_000),
+        "stage3_prefetch_bucket_size": int(0.9 * dim * dim),
+        "stage3_param_persistence_threshold": max(10 * dim, 100_000),
+        "overlap_comm": torch.cuda.is_available(),
+    }
     for key, value in zero.items():
         if value == "auto":
             if key not in autos:
-                raise ValueError(f"{path}: zero_optimization.{key}=\"auto\" is not known here; write a value or delete it")
+                raise ValueError(
+                    f'{path}: zero_optimization.{key}="auto" is not known here; write a value or delete it'
+                )
             zero[key] = autos[key]
     check_leftovers(config, path)
-    config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=float(clip),
-                  zero_force_ds_cpu_optimizer=False)
+    config.update(
+        train_micro_batch_size_per_gpu=1,
+        gradient_accumulation_steps=1,
+        gradient_clipping=float(clip),
+        zero_force_ds_cpu_optimizer=False,
+    )
     config.setdefault("steps_per_print", 2**31)
     return config
 
@@ -133,13 +197,17 @@ def drop_optimizer(config: dict[str, Any], path: str, **recipe: Any) -> None:
     if section is None:
         return
     if section.get("type", "AdamW").lower() not in ("adam", "adamw"):
-        raise ValueError(f"{path}: optimizer.type={section['type']} contradicts the recipe's AdamW; delete the section")
+        raise ValueError(
+            f"{path}: optimizer.type={section['type']} contradicts the recipe's AdamW; delete the section"
+        )
     for key, value in section.get("params", {}).items():
         expected = recipe.get(key)
         value = tuple(value) if isinstance(value, list) else value
         if value != "auto" and key in recipe and value != expected:
-            raise ValueError(f"{path}: optimizer.params.{key}={value} contradicts optim.{key}={expected} of the recipe; "
-                             "write \"auto\"")
+            raise ValueError(
+                f"{path}: optimizer.params.{key}={value} contradicts optim.{key}={expected} of the recipe; "
+                'write "auto"'
+            )
 
 
 def resolve_precision(config: dict[str, Any], precision: str, path: str) -> None:
@@ -150,13 +218,17 @@ def resolve_precision(config: dict[str, Any], precision: str, path: str) -> None
             if section.get("enabled") == "auto":
                 section["enabled"] = chosen == name
     elif precision not in ("auto", config_precision(config)):
-        raise ValueError(f"{path} says {config_precision(config)}, precision={precision} contradicts it; "
-                         "write \"bf16\": {\"enabled\": \"auto\"} there or drop precision=")
+        raise ValueError(
+            f"{path} says {config_precision(config)}, precision={precision} contradicts it; "
+            'write "bf16": {"enabled": "auto"} there or drop precision='
+        )
     if bf16["enabled"] and fp16["enabled"]:
         raise ValueError(f"{path}: bf16 and fp16 are both enabled; choose one")
     autocast = config.get("torch_autocast", {}).get("enabled", False)
     if autocast and (bf16["enabled"] or fp16["enabled"]):
-        raise ValueError(f"{path}: torch_autocast keeps weights in fp32, so bf16 and fp16 must not be enabled with it")
+        raise ValueError(
+            f"{path}: torch_autocast keeps weights in fp32, so bf16 and fp16 must not be enabled with it"
+        )
     if fp16["enabled"]:
         fp16.setdefault("min_loss_scale", 1e-6)  # the loss is a sum, so scales below 1 are right
 
@@ -177,4 +249,4 @@ def check_leftovers(config: Any, path: str, key: str = "") -> None:
         for name, value in config.items():
             check_leftovers(value, path, f"{key}.{name}".strip("."))
     elif config == "auto":
-        raise ValueError(f"{path}: {key}=\"auto\" is not known here; write a value or delete it")
+        raise ValueError(f'{path}: {key}="auto" is not known here; write a value or delete it')

@@ -43,7 +43,9 @@ class TeacherEMA:
         self.teachers: dict[str, nn.Parameter] = {n: t for n, _, t in engine.module.followed()}
         self.fragments: list[Fragment] = [f for f in fragments(engine) if f.name in self.teachers]
         if self.stage == 3:
-            optimizer = engine.optimizer  # gathered after the average is published, not after the student's step
+            optimizer = (
+                engine.optimizer
+            )  # gathered after the average is published, not after the student's step
             optimizer.persistent_parameters = [p for p in optimizer.persistent_parameters if p.requires_grad]
         self.is_teacher_fp32 = all(t.dtype == torch.float32 for t in self.teachers.values())
         self.shadows = [] if self.is_teacher_fp32 else self.build_shadows()
@@ -104,13 +106,23 @@ class TeacherEMA:
         optimizer = self.engine.optimizer
         if self.stage == 3:
             groups = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
-            return [Shadow(flat, flat.detach().clone(), self.home_shards(flat, group))
-                    for flat, group in groups if self.follows(group)]
+            return [
+                Shadow(flat, flat.detach().clone(), self.home_shards(flat, group))
+                for flat, group in groups
+                if self.follows(group)
+            ]
         if self.stage in (1, 2):
-            groups = zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups_flat,
-                         optimizer.bit16_groups, strict=True)
-            return [Shadow(flat, flat.detach().clone(), self.home_group(whole, group))
-                    for flat, whole, group in groups if self.follows(group)]
+            groups = zip(
+                optimizer.single_partition_of_fp32_groups,
+                optimizer.bit16_groups_flat,
+                optimizer.bit16_groups,
+                strict=True,
+            )
+            return [
+                Shadow(flat, flat.detach().clone(), self.home_group(whole, group))
+                for flat, whole, group in groups
+                if self.follows(group)
+            ]
         return [Shadow(f.flat, f.flat.detach().clone(), None) for f in self.fragments]
 
     def follows(self, group: list[nn.Parameter]) -> bool:
@@ -144,5 +156,3 @@ class TeacherEMA:
 def partition_of(flat: Tensor, numel: int) -> Tensor:
     """This rank's part of a tensor that is split evenly over ranks."""
     return flat.narrow(0, torch.distributed.get_rank() * numel, numel)
-
-

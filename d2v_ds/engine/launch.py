@@ -39,7 +39,9 @@ def slurm_environment() -> dict[str, str]:
     names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
     rank, local_rank, world = (env[name] for name in names)
     return {
-        "RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": world,
+        "RANK": rank,
+        "LOCAL_RANK": local_rank,
+        "WORLD_SIZE": world,
         "LOCAL_SIZE": re.split(r"[(,]", env.get("SLURM_TASKS_PER_NODE", world))[0],
         "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(env["SLURM_JOB_NODELIST"]),
         "MASTER_PORT": env.get("MASTER_PORT") or str(10_000 + int(env["SLURM_JOB_ID"]) % 50_000),
@@ -49,7 +51,9 @@ def slurm_environment() -> dict[str, str]:
 def first_host(nodelist: str) -> str:
     """First host of a SLURM node list such as `gpu[003-007,9],login1`."""
     try:
-        hosts = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True
+        )
         return hosts.stdout.split()[0]
     except (FileNotFoundError, subprocess.CalledProcessError):  # no scontrol inside a container
         match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodelist)
@@ -76,8 +80,11 @@ def start_distributed(world: int, timeout_minutes: float = 30) -> torch.device:
     if get_accelerator().device_name() == "cpu":
         share_cores(world)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(),
-                               timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    deepspeed.init_distributed(
+        get_accelerator().communication_backend_name(),
+        timeout=timedelta(minutes=timeout_minutes),
+        verbose=False,
+    )
     local_rank = int(os.environ["LOCAL_RANK"])
     get_accelerator().set_device(local_rank)
     return torch.device(get_accelerator().device_name(local_rank))

@@ -59,7 +59,9 @@ def find_fragments(engine: Any) -> Iterator[Fragment]:
                 yield Fragment(names[id(p)], p, start, numel, flat, offset)
                 offset += p.partition_numel()
     elif kind == "DeepSpeedZeroOptimizer":
-        for flat, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
+        for flat, group in zip(
+            optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True
+        ):
             for p in group:
                 if p._hp_mapping is not None:
                     low, high = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
@@ -73,8 +75,10 @@ def find_fragments(engine: Any) -> Iterator[Fragment]:
             for p in group["params"]:
                 yield Fragment(names[id(p)], p, 0, p.numel(), p, 0)
     else:
-        raise ValueError(f"DeepSpeed chose {kind}, which this project has no EMA for; "
-                         "use a preset of ds_configs/, or drop data_types.grad_accum_dtype at stage 1")
+        raise ValueError(
+            f"DeepSpeed chose {kind}, which this project has no EMA for; "
+            "use a preset of ds_configs/, or drop data_types.grad_accum_dtype at stage 1"
+        )
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:

@@ -8,14 +8,17 @@ from d2v_ds.model.encoder import ModalityConfig
 from d2v_ds.model.layers import Body, bert_init
 
 
-def build_model(body: Body, modalities: dict[str, ModalityConfig], fairseq_compat: bool = False,
-                has_teacher: bool = True) -> Data2Vec:
+def build_model(
+    body: Body, modalities: dict[str, ModalityConfig], fairseq_compat: bool = False, has_teacher: bool = True
+) -> Data2Vec:
     """The student, and its teacher as an exact copy, for the given modalities.
 
     Order of initialisation as in the original: everything BERT-like, then each modality's own resets, then the
     teacher. Random numbers come from torch's default generator: seed it first, equally on all ranks.
     """
-    encoders = {name: net(name).build_encoder(config, body, fairseq_compat) for name, config in modalities.items()}
+    encoders = {
+        name: net(name).build_encoder(config, body, fairseq_compat) for name, config in modalities.items()
+    }
     decoders = {name: net(name).build_decoder(config, body.dim) for name, config in modalities.items()}
     model = Data2Vec(body, modalities, encoders, decoders, fairseq_compat)
     bert_init(model)

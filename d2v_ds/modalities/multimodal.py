@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from d2v_ds.model.layers import Body
 from d2v_ds.modalities.audio.recipes import tiny_speech
 from d2v_ds.modalities.image.recipes import tiny_digits
 from d2v_ds.modalities.text.recipes import tiny_prose
+from d2v_ds.model.layers import Body
 from d2v_ds.recipe import EMA, Optim, Recipe, Train
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from d2v_ds.config import Config
 from d2v_ds.data import Corpus, Draw, Source, expand_shards
+from d2v_ds.modalities import samples_class
 from d2v_ds.model.masking import draw_mask
-from d2v_ds.modalities import config_class, samples_class
 
 
 class StreamConfig(Config):
@@ -51,8 +51,10 @@ def generator(draw: Draw, purpose: str) -> np.random.Generator:
 
 def draw_masks(draws: list[Draw], lengths: list[int], config: Any) -> list[np.ndarray]:
     """The M masks of every sample, (M, T_i), each from its own draw."""
-    return [draw_mask(generator(draw, "mask"), config.clones, tokens, config.mask)
-            for draw, tokens in zip(draws, lengths, strict=True)]
+    return [
+        draw_mask(generator(draw, "mask"), config.clones, tokens, config.mask)
+        for draw, tokens in zip(draws, lengths, strict=True)
+    ]
 
 
 def pad_stack(rows: list[Tensor], value: float) -> tuple[Tensor, Tensor | None]:

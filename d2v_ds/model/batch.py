@@ -38,15 +38,21 @@ class Batch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """The same batch on `device`; floating-point sources take `dtype`."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True)
-                 for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
         if moved["source"].is_floating_point():
             moved["source"] = moved["source"].to(dtype)
         return replace(self, **moved)
 
     def pin_memory(self) -> Batch:
-        pinned = {f.name: getattr(self, f.name).pin_memory()
-                  for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        pinned = {
+            f.name: getattr(self, f.name).pin_memory()
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
         return replace(self, **pinned)
 
 
@@ -58,11 +64,19 @@ def make_views(mask_NT: Tensor) -> dict[str, Tensor]:
     counts = mask_NT.sum(dim=1)
     masked = int(counts[0])
     if not bool((counts == masked).all()):
-        raise ValueError(f"rows of a mask have {counts.unique().tolist()} masked tokens; every row must have the "
-                         "same number: equalise the rows (d2v_ds.model.masking.exactly)")
-    order_NT = mask_NT.to(torch.uint8).argsort(dim=1, stable=True)  # visible positions first, each part ascending
+        raise ValueError(
+            f"rows of a mask have {counts.unique().tolist()} masked tokens; every row must have the "
+            "same number: equalise the rows (d2v_ds.model.masking.exactly)"
+        )
+    order_NT = mask_NT.to(torch.uint8).argsort(
+        dim=1, stable=True
+    )  # visible positions first, each part ascending
     num_kept = mask_NT.shape[1] - masked
     restore_NT = torch.empty_like(order_NT)
     restore_NT.scatter_(1, order_NT, torch.arange(mask_NT.shape[1]).expand_as(order_NT))
-    return {"mask_NT": mask_NT, "keep_NK": order_NT[:, :num_kept].contiguous(),
-            "masked_NJ": order_NT[:, num_kept:].contiguous(), "restore_NT": restore_NT}
+    return {
+        "mask_NT": mask_NT,
+        "keep_NK": order_NT[:, :num_kept].contiguous(),
+        "masked_NJ": order_NT[:, num_kept:].contiguous(),
+        "restore_NT": restore_NT,
+    }

@@ -45,8 +45,14 @@ class Output(NamedTuple):
 class Data2Vec(nn.Module):
     """`forward(batch)` is one pre-training pass; `encode(batch)` gives features of whole samples."""
 
-    def __init__(self, body: Body, configs: dict[str, ModalityConfig], encoders: dict[str, ModalityEncoder],
-                 decoders: dict[str, Decoder], fairseq_compat: bool = False):
+    def __init__(
+        self,
+        body: Body,
+        configs: dict[str, ModalityConfig],
+        encoders: dict[str, ModalityEncoder],
+        decoders: dict[str, Decoder],
+        fairseq_compat: bool = False,
+    ):
         super().__init__()
         self.configs = configs
         self.layerdrop = body.layerdrop
@@ -57,8 +63,10 @@ class Data2Vec(nn.Module):
         self.decoders = nn.ModuleDict(decoders)
         for name, config in configs.items():
             if not 1 <= config.target.top_k <= body.depth:
-                raise ValueError(f"modalities.{name}.target.top_k={config.target.top_k} must lie in 1..{body.depth}, "
-                                 "the number of shared blocks; prenet blocks give no targets")
+                raise ValueError(
+                    f"modalities.{name}.target.top_k={config.target.top_k} must lie in 1..{body.depth}, "
+                    "the number of shared blocks; prenet blocks give no targets"
+                )
         self.teacher: nn.Module | None = None
 
     def build_teacher(self) -> None:
@@ -84,10 +92,10 @@ class Data2Vec(nn.Module):
         config = self.configs[batch.modality]
         encoder = self.encoders[batch.modality]
 
-        local_BTD = encoder.local(batch.source)                                     # once a sample
-        targets_BTD = self.make_targets(batch, local_BTD)                           # teacher: whole, no grad
-        hidden_NED = self.see_visible(batch, local_BTD)                             # student: M masked views
-        pred_NJD = self.predict(batch, hidden_NED, noise_NJD)                       # decoder: masked positions
+        local_BTD = encoder.local(batch.source)  # once a sample
+        targets_BTD = self.make_targets(batch, local_BTD)  # teacher: whole, no grad
+        hidden_NED = self.see_visible(batch, local_BTD)  # student: M masked views
+        pred_NJD = self.predict(batch, hidden_NED, noise_NJD)  # decoder: masked positions
 
         rows = torch.arange(batch.masked_NJ.shape[0], device=local_BTD.device)[:, None]
         target_NJD = targets_BTD[rows // batch.clones, batch.masked_NJ]
@@ -95,24 +103,39 @@ class Data2Vec(nn.Module):
         elements = regression(pred_NJD, target_NJD, config.loss)
         if counts_NJ is not None:
             elements = elements * counts_NJ[:, :, None]
-        sample_size = elements.new_tensor(float(batch.masked_NJ.numel())) if counts_NJ is None else counts_NJ.sum()
+        sample_size = (
+            elements.new_tensor(float(batch.masked_NJ.numel())) if counts_NJ is None else counts_NJ.sum()
+        )
         losses = {"regression": elements.sum()}
         if config.loss.cls_weight:
-            cls = regression(hidden_NED[:, config.extra_tokens - 1], self.mean_target(batch, targets_BTD), config.loss)
+            cls = regression(
+                hidden_NED[:, config.extra_tokens - 1], self.mean_target(batch, targets_BTD), config.loss
+            )
             losses["cls"] = cls.sum() * config.loss.cls_weight * sample_size
         loss = sum(losses.values())
-        return Output(loss, sample_size, {k: v.detach() for k, v in losses.items()}, pred_NJD.detach(), target_NJD,
-                      counts_NJ, targets_BTD)
+        return Output(
+            loss,
+            sample_size,
+            {k: v.detach() for k, v in losses.items()},
+            pred_NJD.detach(),
+            target_NJD,
+            counts_NJ,
+            targets_BTD,
+        )
 
     @torch.no_grad()
     def make_targets(self, batch: Batch, local_BTD: Tensor) -> Tensor:
         """The teacher's normalised mean of layers for whole samples; (B, T, D) fp32."""
         target = self.configs[batch.modality].target
         outputs, ffns = self.teach(batch, local_BTD)
-        layers = (ffns if target.source == "ffn" else outputs)[-target.top_k:]
-        targets_BTD = make_targets(layers, per_layer=target.per_layer, final=target.final,
-                                   skip=self.configs[batch.modality].extra_tokens,
-                                   padding_BT=None if self.fairseq_compat else batch.padding_BT)
+        layers = (ffns if target.source == "ffn" else outputs)[-target.top_k :]
+        targets_BTD = make_targets(
+            layers,
+            per_layer=target.per_layer,
+            final=target.final,
+            skip=self.configs[batch.modality].extra_tokens,
+            padding_BT=None if self.fairseq_compat else batch.padding_BT,
+        )
         return targets_BTD.roll(1, dims=0) if target.shuffle else targets_BTD
 
     @torch.no_grad()
@@ -141,7 +164,7 @@ class Data2Vec(nn.Module):
     def predict(self, batch: Batch, hidden_NED: Tensor, noise_NJD: Tensor | None) -> Tensor:
         """Predictions at the masked positions; (N, J, D)."""
         config, decoder = self.configs[batch.modality], self.decoders[batch.modality]
-        kept_NKD = decoder.input_dropout(hidden_NED)[:, config.extra_tokens:]
+        kept_NKD = decoder.input_dropout(hidden_NED)[:, config.extra_tokens :]
         if noise_NJD is None:
             noise_NJD = kept_NKD.new_empty(*batch.masked_NJ.shape, kept_NKD.shape[2])
             noise_NJD.normal_(0, config.mask.noise_std) if config.mask.noise_std else noise_NJD.zero_()

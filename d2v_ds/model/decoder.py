@@ -37,11 +37,15 @@ class Decoder(nn.Module):
         self.residual = config.residual
         self.input_dropout = nn.Dropout(config.input_dropout)
         widths = [dim] + [config.dim] * config.layers
-        self.blocks = nn.ModuleList(ConvBlock(dims, widths[i], widths[i + 1], config.kernel, config.groups)
-                                    for i in range(config.layers))
+        self.blocks = nn.ModuleList(
+            ConvBlock(dims, widths[i], widths[i + 1], config.kernel, config.groups)
+            for i in range(config.layers)
+        )
         self.proj = build_projection(config, widths[-1], dim)
 
-    def forward(self, x_NTD: Tensor, masked_NJ: Tensor | None = None, padding_NT: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_NTD: Tensor, masked_NJ: Tensor | None = None, padding_NT: Tensor | None = None
+    ) -> Tensor:
         """Predictions (N, J, D) at the masked positions, or (N, T, D) without them.
 
         `padding_NT` is zeroed before every convolution, so what lies there changes no prediction.

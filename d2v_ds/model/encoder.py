@@ -67,8 +67,14 @@ class Context(nn.Module):
     tokens whose masked positions are zero, so it leaks where something is masked, not what.
     """
 
-    def __init__(self, config: ModalityConfig, body: Body, positions: Tensor | nn.Module | None = None,
-                 has_norm: bool = True, fairseq_compat: bool = False):
+    def __init__(
+        self,
+        config: ModalityConfig,
+        body: Body,
+        positions: Tensor | nn.Module | None = None,
+        has_norm: bool = True,
+        fairseq_compat: bool = False,
+    ):
         super().__init__()
         is_fixed = isinstance(positions, Tensor)
         self.register_buffer("positions", positions if is_fixed else None, persistent=False)
@@ -82,15 +88,17 @@ class Context(nn.Module):
         if self.alibi:
             layers = config.prenet_depth + body.depth if self.alibi.per_layer else 1
             shape = (layers, body.heads if self.alibi.per_head else 1)
-            self.alibi_scale = nn.Parameter(torch.full(shape, self.alibi.scale),
-                                            requires_grad=self.alibi.learned)
+            self.alibi_scale = nn.Parameter(
+                torch.full(shape, self.alibi.scale), requires_grad=self.alibi.learned
+            )
         self.norm = nn.LayerNorm(body.dim, eps=body.norm_eps) if has_norm or config.prenet_depth else None
         self.dropout = nn.Dropout(config.prenet_dropout)
         self.blocks = build_blocks(body, config.prenet_depth, config.prenet_drop_path)
         self.layerdrop = config.prenet_layerdrop
 
-    def forward(self, local_BTD: Tensor, batch: Batch, is_masked: bool
-                ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    def forward(
+        self, local_BTD: Tensor, batch: Batch, is_masked: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """The body's input for the masked views (N, E + K, D) or for the whole samples (B, E + T, D).
 
         Also the attention biases (none, one for all layers, or one a layer) and the padding of these tokens.
@@ -107,7 +115,9 @@ class Context(nn.Module):
         biases = self.make_biases(positions_NK)
         if self.norm is not None:
             x = self.dropout(self.norm(x))
-        drops = draw_layerdrop(len(self.blocks), self.layerdrop * self.training, batch.layerdrop_seed, "prenet")
+        drops = draw_layerdrop(
+            len(self.blocks), self.layerdrop * self.training, batch.layerdrop_seed, "prenet"
+        )
         x, _, _ = run_blocks(self.blocks, x, biases, padding, drops)
         return x, biases, padding
 
@@ -121,9 +131,12 @@ class Context(nn.Module):
             x_NKD = x_BTD[rows // batch.clones, batch.keep_NK]
         else:
             x_NTD = x_BTD.repeat_interleave(batch.clones, dim=0)
-            hidden = batch.mask_NT if padding_NT is None or not self.pads_positions else batch.mask_NT | padding_NT
-            positions_NTD = self.conv_positions(x_NTD.masked_fill(hidden[:, :, None], 0),
-                                                padding_NT if self.pads_positions else None)
+            hidden = (
+                batch.mask_NT if padding_NT is None or not self.pads_positions else batch.mask_NT | padding_NT
+            )
+            positions_NTD = self.conv_positions(
+                x_NTD.masked_fill(hidden[:, :, None], 0), padding_NT if self.pads_positions else None
+            )
             x_NKD = (x_NTD + positions_NTD)[rows, batch.keep_NK]
         return x_NKD, batch.keep_NK, None if padding_NT is None else padding_NT.gather(1, batch.keep_NK)
 
@@ -135,8 +148,10 @@ class Context(nn.Module):
     def make_biases(self, positions_NK: Tensor) -> tuple[Tensor, ...]:
         if not self.alibi:
             return ()
-        return tuple(alibi_bias(scale_H, alibi_slopes(self.heads, positions_NK.device), positions_NK, self.num_extra)
-                     for scale_H in self.alibi_scale.clamp(min=0))
+        return tuple(
+            alibi_bias(scale_H, alibi_slopes(self.heads, positions_NK.device), positions_NK, self.num_extra)
+            for scale_H in self.alibi_scale.clamp(min=0)
+        )
 
 
 def init_extra_tokens(config: ModalityConfig, dim: int) -> Tensor:

@@ -67,8 +67,10 @@ class Attention(nn.Module):
     def __init__(self, body: Body):
         super().__init__()
         if body.dim % body.heads:
-            raise ValueError(f"body.dim={body.dim} is not a multiple of body.heads={body.heads}; "
-                             "choose heads that divide dim")
+            raise ValueError(
+                f"body.dim={body.dim} is not a multiple of body.heads={body.heads}; "
+                "choose heads that divide dim"
+            )
         self.heads = body.heads
         self.qkv = nn.Linear(body.dim, 3 * body.dim)
         self.proj = nn.Linear(body.dim, body.dim)
@@ -84,8 +86,9 @@ class Attention(nn.Module):
         return self.proj_dropout(self.proj(y.transpose(1, 2).reshape(rows, tokens, dim)))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padding_NT: Tensor | None,
-           dropout: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padding_NT: Tensor | None, dropout: float
+) -> Tensor:
     """softmax(q k / sqrt(d) + bias) v; logits with a bias are fp32, since bf16 cannot tell far frames apart."""
     if padding_NT is not None:
         blocked = padding_NT[:, None, None, :]
@@ -124,8 +127,9 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(body.post_mlp_dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x_NTD: Tensor, bias: Tensor | None = None,
-                padding_NT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_NTD: Tensor, bias: Tensor | None = None, padding_NT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The block's output and its feed-forward output (before dropout, residual and norm), both (N, T, D)."""
         x = self.norm1(x_NTD + self.drop_path(self.attn(x_NTD, bias, padding_NT)))
         ffn = self.mlp(x)
@@ -146,8 +150,10 @@ class ConvBlock(nn.Module):
     def __init__(self, dims: int, channels_in: int, channels: int, kernel: int, groups: int):
         super().__init__()
         if channels_in % groups or channels % groups:
-            raise ValueError(f"{groups} groups do not divide {channels_in} -> {channels} channels; "
-                             "set groups to a divisor of both")
+            raise ValueError(
+                f"{groups} groups do not divide {channels_in} -> {channels} channels; "
+                "set groups to a divisor of both"
+            )
         conv = nn.Conv1d if dims == 1 else nn.Conv2d
         self.conv = conv(channels_in, channels, kernel, padding=kernel // 2, groups=groups)
         self.trim = 1 - kernel % 2
@@ -162,7 +168,7 @@ class ConvBlock(nn.Module):
 
 
 @lru_cache
-def alibi_slopes(heads: int, device: torch.device = torch.device("cpu")) -> Tensor:
+def alibi_slopes(heads: int, device: torch.device | None = None) -> Tensor:
     """Slope of each head (H,) in fp32 (arXiv:2108.12409).
 
     For H no power of two: those of the next smaller one, then every second slope of the next larger one.
@@ -187,8 +193,14 @@ def draw_layerdrop(layers: int, rate: float, seed: int, stack: str) -> list[bool
     return [rate > 0 and draw.random() < rate for _ in range(layers)]
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, biases: tuple[Tensor, ...], padding: Tensor | None,
-               drops: list[bool], first_layer: int = 0) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def run_blocks(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    biases: tuple[Tensor, ...],
+    padding: Tensor | None,
+    drops: list[bool],
+    first_layer: int = 0,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The last output, every block's output, and every block's feed-forward output."""
     outputs, ffns = [], []
     for i, block in enumerate(blocks):

@@ -73,8 +73,10 @@ def draw_mask(rng: np.random.Generator, views: int, tokens: int, mask: Mask) -> 
     if mask.kind == "inverse_block":
         side = int(round(tokens**0.5))
         if side * side != tokens:
-            raise ValueError(f"{tokens} tokens are no square grid: an inverse_block mask needs one; "
-                             "use mask.kind=block or a square input")
+            raise ValueError(
+                f"{tokens} tokens are no square grid: an inverse_block mask needs one; "
+                "use mask.kind=block or a square input"
+            )
         return inverse_block_mask(rng, views, side, mask)
     return (block_mask if mask.kind == "block" else random_mask)(rng, views, tokens, mask)
 

@@ -61,8 +61,10 @@ def labelled(encoder: Encoder, shards: str, label: str) -> tuple[list[Any], Tens
         try:
             labels.append(int(value))
         except ValueError as error:
-            raise ValueError(f"label {value!r} of {corpus.key(i)} is no integer; "
-                             f"name another member or key than '{label}' with --label") from error
+            raise ValueError(
+                f"label {value!r} of {corpus.key(i)} is no integer; "
+                f"name another member or key than '{label}' with --label"
+            ) from error
     return [samples.decode(corpus, i) for i in range(len(corpus))], torch.tensor(labels)
 
 
@@ -96,8 +98,14 @@ def raw_features(encoder: Encoder, items: list[Any]) -> Tensor | None:
     return encoder.samples.raw(items) if hasattr(encoder.samples, "raw") else None
 
 
-def probe(model: str | Path, train: str, test: str, modality: str | None = None, label: str = "cls;json.label",
-          weights: str = "student") -> list[Row]:
+def probe(
+    model: str | Path,
+    train: str,
+    test: str,
+    modality: str | None = None,
+    label: str = "cls;json.label",
+    weights: str = "student",
+) -> list[Row]:
     """Rows for raw input, the run's own random initialisation and the trained weights, `mean` and `all` features."""
     encoder = load(model, modality, weights)
     train_items, train_labels = labelled(encoder, train, label)
@@ -118,4 +126,3 @@ def probe(model: str | Path, train: str, test: str, modality: str | None = None,
 def format_rows(rows: list[Row]) -> str:
     lines = [f"{'features':24} {'accuracy':>8} {'dim':>6} {'penalty':>8}"]
     return "\n".join(lines + [f"{r.features:24} {r.accuracy:8.3f} {r.dim:6d} {r.penalty:8.0e}" for r in rows])
-

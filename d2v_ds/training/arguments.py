@@ -30,16 +30,36 @@ class Arguments:
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="multimodal_tiny", metavar="NAME|FILE.yaml",
-                        help="what is learned: a shipped recipe or a YAML file (default: %(default)s)")
-    parser.add_argument("--deepspeed", nargs="?", const="", default=None, metavar="PATH|PRESET",
-                        help="how this machine runs it: a DeepSpeed JSON or a preset of ds_configs/ "
-                             "(bare or absent: zero3)")
-    parser.add_argument("--deepspeed_config", default=None, metavar="PATH", help="the same, in DeepSpeed's older spelling")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help="set by launchers; not needed")
-    parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe as YAML and exit")
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--recipe",
+        default="multimodal_tiny",
+        metavar="NAME|FILE.yaml",
+        help="what is learned: a shipped recipe or a YAML file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--deepspeed",
+        nargs="?",
+        const="",
+        default=None,
+        metavar="PATH|PRESET",
+        help="how this machine runs it: a DeepSpeed JSON or a preset of ds_configs/ (bare or absent: zero3)",
+    )
+    parser.add_argument(
+        "--deepspeed_config", default=None, metavar="PATH", help="the same, in DeepSpeed's older spelling"
+    )
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=None, help="set by launchers; not needed"
+    )
+    parser.add_argument(
+        "--print-recipe", action="store_true", help="print the resolved recipe as YAML and exit"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="what is different this time")
     return parser
 
@@ -57,6 +77,8 @@ def parse_arguments(argv: list[str] | None = None, prog: str | None = None) -> A
         overrides.insert(0, path)
         path = ""
     if path and values.deepspeed_config and path != values.deepspeed_config:
-        parser.error(f"--deepspeed {path} and --deepspeed_config {values.deepspeed_config} contradict each other; "
-                     "give one")
+        parser.error(
+            f"--deepspeed {path} and --deepspeed_config {values.deepspeed_config} contradict each other; "
+            "give one"
+        )
     return Arguments(values.recipe, path or values.deepspeed_config, overrides, values.print_recipe)

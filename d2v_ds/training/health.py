@@ -23,8 +23,14 @@ class Spread:
     def add(self, target: Tensor, pred: Tensor) -> None:
         """Both (tokens, D)."""
         target, pred = target.double(), pred.double()
-        rows = [torch.full_like(target[0], len(target)), target.sum(0), target.square().sum(0), pred.sum(0),
-                pred.square().sum(0), (pred - target).square().sum(0)]
+        rows = [
+            torch.full_like(target[0], len(target)),
+            target.sum(0),
+            target.square().sum(0),
+            pred.sum(0),
+            pred.square().sum(0),
+            (pred - target).square().sum(0),
+        ]
         sums = torch.stack(rows)
         self.sums = sums if self.sums is None else self.sums + sums
 
@@ -38,8 +44,11 @@ class Spread:
         target_sum = target_square - target.square() / count  # of squared differences from the mean
         pred_sum = pred_square - pred.square() / count
         explained = 1 - error.sum() / target_sum.sum().clamp(min=1e-12)
-        return {"target_var": standard_deviation(target_sum, count), "pred_var": standard_deviation(pred_sum, count),
-                "explained": explained.item()}
+        return {
+            "target_var": standard_deviation(target_sum, count),
+            "pred_var": standard_deviation(pred_sum, count),
+            "explained": explained.item(),
+        }
 
 
 def standard_deviation(squares: Tensor, count: Tensor) -> float:
@@ -97,5 +106,8 @@ class Health:
 
     def values(self) -> dict[str, float]:
         """`NAME/content`, `NAME/target_var`, `NAME/pred_var`, `NAME/explained`; all ranks call it."""
-        return {f"{name}/{key}": value for name, (content, spread) in sorted(self.parts.items())
-                for key, value in {"content": content.value(), **spread.values()}.items()}
+        return {
+            f"{name}/{key}": value
+            for name, (content, spread) in sorted(self.parts.items())
+            for key, value in {"content": content.value(), **spread.values()}.items()
+        }

@@ -21,7 +21,9 @@ class Log:
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self.started, self.first_step = time.perf_counter(), first_step
 
-    def step(self, step: int, metrics: dict[str, float], health: dict[str, float], samples_per_second: float) -> None:
+    def step(
+        self, step: int, metrics: dict[str, float], health: dict[str, float], samples_per_second: float
+    ) -> None:
         """Everything about step number `step` (1-based)."""
         append(self.folder / "metrics.jsonl", {"step": step, **metrics})
         append(self.folder / "health.jsonl", {"step": step, **health})
@@ -33,17 +35,27 @@ class Log:
     def line(self, step: int, metrics: dict[str, float], health: dict[str, float], rate: float) -> str:
         seconds = (time.perf_counter() - self.started) / max(1, step - self.first_step)
         left = timedelta(seconds=round(seconds * (self.total - step)))
-        losses = "  ".join(f"{key.split('/')[0]} {value:.3f} (content {health[key.split('/')[0] + '/content']:.2f})"
-                           for key, value in metrics.items() if key.endswith("/loss"))
-        return (f"step {step}/{self.total}  loss {losses}  lr {metrics['lr']:.1e}  "
-                f"{rate:.0f} samples/s  {seconds:.2f} s/step  ETA {left}")
+        losses = "  ".join(
+            f"{key.split('/')[0]} {value:.3f} (content {health[key.split('/')[0] + '/content']:.2f})"
+            for key, value in metrics.items()
+            if key.endswith("/loss")
+        )
+        return (
+            f"step {step}/{self.total}  loss {losses}  lr {metrics['lr']:.1e}  "
+            f"{rate:.0f} samples/s  {seconds:.2f} s/step  ETA {left}"
+        )
 
     def close(self) -> str:
         """What the run came to, and where its curves are."""
         self.writer.close()
         plot = plot_losses(self.folder)
-        return "\n".join([summary(self.folder), f"loss curves: {plot}" if plot else "",
-                          f"TensorBoard: tensorboard --logdir {self.folder / 'tensorboard'}"])
+        return "\n".join(
+            [
+                summary(self.folder),
+                f"loss curves: {plot}" if plot else "",
+                f"TensorBoard: tensorboard --logdir {self.folder / 'tensorboard'}",
+            ]
+        )
 
 
 def summary(folder: Path) -> str:
@@ -65,7 +77,9 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
 
 
 def forget_after(path: Path, step: int) -> None:

@@ -35,7 +35,7 @@ def train_step(run: Run, micro_batches: list[MicroBatch], report: Report) -> boo
     with one_reduction(engine):
         for micro in micro_batches:
             batch = prepare(run, micro)
-            output = engine(batch)                                        # student, teacher, loss
+            output = engine(batch)  # student, teacher, loss
             engine.backward(output.loss * scale(run, micro.modality, report.sizes))
             report.observe(batch, output)
 
@@ -135,7 +135,10 @@ class Report:
         keys = sorted(self.sums)
         total = torch.stack([self.sums[key] for key in keys])
         dist.all_reduce(total)
-        return {key: (value / self.sizes[key.split("/")[0]]).item() for key, value in zip(keys, total, strict=True)}
+        return {
+            key: (value / self.sizes[key.split("/")[0]]).item()
+            for key, value in zip(keys, total, strict=True)
+        }
 
 
 class Clock:
@@ -170,9 +173,11 @@ def complain(run: Run, skipped: int) -> None:
     """A step without finite gradients: say which, and stop after too many in a row."""
     run.say(f"warning: step {run.step} was skipped, its gradients are not finite ({skipped} in a row)")
     if skipped >= run.recipe.train.skip_limit:
-        raise RuntimeError(f"{skipped} steps in a row had gradients that are not finite (train.skip_limit="
-                           f"{run.recipe.train.skip_limit}); lower optim.lr or set precision=fp32, and start again: "
-                           "the run goes on from its last checkpoint")
+        raise RuntimeError(
+            f"{skipped} steps in a row had gradients that are not finite (train.skip_limit="
+            f"{run.recipe.train.skip_limit}); lower optim.lr or set precision=fp32, and start again: "
+            "the run goes on from its last checkpoint"
+        )
 
 
 def write_log(run: Run, report: Report, clock: Clock) -> None:
@@ -185,8 +190,10 @@ def write_log(run: Run, report: Report, clock: Clock) -> None:
         "lr": engine.optimizer.param_groups[0]["lr"],
         "tau": anneal(recipe.ema.start, recipe.ema.end, recipe.ema.anneal_steps, run.applied),
         "grad_norm": float(norm) if norm is not None else float("nan"),
-        "applied_steps": run.applied, "skipped_steps": run.step - run.applied,
-        "samples_per_second": rate, "data_wait_share": clock.waited / clock.total,
+        "applied_steps": run.applied,
+        "skipped_steps": run.step - run.applied,
+        "samples_per_second": rate,
+        "data_wait_share": clock.waited / clock.total,
     }
     if run.log:
         run.log.step(run.step, metrics, health, rate)

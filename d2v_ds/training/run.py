@@ -60,14 +60,25 @@ class Run:
 
     def save(self) -> None:
         """Commits a checkpoint; all ranks call it."""
-        loop = {"applied_steps": self.applied, "recipe": self.recipe.model_dump(mode="json"),
-                "recipe_hash": self.recipe.hash(), "data": fingerprints(self.sources)}
-        path = checkpoints.save(self.engine, self.ema, self.folder, self.step, loop, self.recipe.train.keep_checkpoints)
+        loop = {
+            "applied_steps": self.applied,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe_hash": self.recipe.hash(),
+            "data": fingerprints(self.sources),
+        }
+        path = checkpoints.save(
+            self.engine, self.ema, self.folder, self.step, loop, self.recipe.train.keep_checkpoints
+        )
         self.say(f"saved {path}")
 
 
-def train(recipe: str | Recipe = "multimodal_tiny", data: str | None = None, out: str | None = None,
-          deepspeed: str | None = None, **settings: Any) -> Path:
+def train(
+    recipe: str | Recipe = "multimodal_tiny",
+    data: str | None = None,
+    out: str | None = None,
+    deepspeed: str | None = None,
+    **settings: Any,
+) -> Path:
     """Trains, or goes on with, a run; returns its folder.
 
     `settings` are recipe keys with `.` written as `__`: train__steps=100, optim__lr=1e-3. Alone it is one
@@ -105,10 +116,17 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 def train_recipe(recipe: Recipe, deepspeed: str | None) -> Path:
     rank, world = prepare_environment()
     config_path = find_config(deepspeed)
-    ds_config = resolve_config(read_config(config_path), clip=recipe.optim.clip, lr=recipe.optim.lr,
-                               betas=recipe.optim.betas, eps=recipe.optim.eps,
-                               weight_decay=recipe.optim.weight_decay, precision=recipe.precision,
-                               dim=recipe.body.dim, path=str(config_path))
+    ds_config = resolve_config(
+        read_config(config_path),
+        clip=recipe.optim.clip,
+        lr=recipe.optim.lr,
+        betas=recipe.optim.betas,
+        eps=recipe.optim.eps,
+        weight_decay=recipe.optim.weight_decay,
+        precision=recipe.precision,
+        dim=recipe.body.dim,
+        path=str(config_path),
+    )
     check_ranks(recipe, world)
     device = start_distributed(world, recipe.train.timeout_minutes)
     start, problems = choose_checkpoint(recipe.folder)
@@ -120,14 +138,23 @@ def train_recipe(recipe: Recipe, deepspeed: str | None) -> Path:
         check_same_recipe(recipe, saved)
         if saved.loop["step"] >= recipe.train.steps:
             if rank == 0:
-                print(f"{recipe.folder} is finished: {saved.loop['step']} of {recipe.train.steps} steps are done; "
-                      "set train.steps higher to go on, or out= to start anew", flush=True)
+                print(
+                    f"{recipe.folder} is finished: {saved.loop['step']} of {recipe.train.steps} steps are done; "
+                    "set train.steps higher to go on, or out= to start anew",
+                    flush=True,
+                )
             return recipe.folder
     sources = open_sources(recipe, rank)
     if saved:
         check_same_data(sources, saved)
-    agree({"recipe": recipe.hash(), "data": fingerprints(sources), "steps": recipe.train.steps,
-           "checkpoint": str(start)})
+    agree(
+        {
+            "recipe": recipe.hash(),
+            "data": fingerprints(sources),
+            "steps": recipe.train.steps,
+            "checkpoint": str(start),
+        }
+    )
     run = build_run(recipe, ds_config, sources, saved, device, rank, world)
     run_steps(run)
     return recipe.folder
@@ -141,7 +168,8 @@ def check_ranks(recipe: Recipe, world: int) -> None:
             fits = [r for r in range(1, n + 1) if n % r == 0]
             raise ValueError(
                 f"modalities.{name}.data.micro_batches={n} does not divide among {world} ranks; start one of {fits} "
-                f"ranks, or set it to a multiple such as {-(-n // world) * world} (and batch to keep their product)")
+                f"ranks, or set it to a multiple such as {-(-n // world) * world} (and batch to keep their product)"
+            )
 
 
 def choose_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -151,8 +179,10 @@ def choose_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         found = list(checkpoints.newest(folder))
     dist.broadcast_object_list(found)
     if found[0] is None and found[1]:
-        raise ValueError(f"no checkpoint in {folder} is whole ({'; '.join(found[1])}); "
-                         "move the folder away, or set out= to start anew")
+        raise ValueError(
+            f"no checkpoint in {folder} is whole ({'; '.join(found[1])}); "
+            "move the folder away, or set out= to start anew"
+        )
     return found[0], found[1]
 
 
@@ -160,10 +190,15 @@ def check_same_recipe(recipe: Recipe, saved: checkpoints.Checkpoint) -> None:
     if saved.loop["recipe_hash"] == recipe.hash():
         return
     old, new = dotted_keys(Recipe(**saved.loop["recipe"])), dotted_keys(recipe)
-    changed = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys())
-               if old.get(key) != new.get(key) and key not in FREE and not key.endswith(".data.shards")]
-    raise ValueError(f"{saved.folder} is of another recipe ({'; '.join(changed[:10])}); "
-                     "give the same values to go on with it, or another out= to start anew")
+    changed = [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in FREE and not key.endswith(".data.shards")
+    ]
+    raise ValueError(
+        f"{saved.folder} is of another recipe ({'; '.join(changed[:10])}); "
+        "give the same values to go on with it, or another out= to start anew"
+    )
 
 
 def open_sources(recipe: Recipe, rank: int) -> list[Source]:
@@ -188,9 +223,11 @@ def fingerprints(sources: list[Source]) -> dict[str, str]:
 def check_same_data(sources: list[Source], saved: checkpoints.Checkpoint) -> None:
     for name, fingerprint in fingerprints(sources).items():
         if saved.loop["data"].get(name) != fingerprint:
-            raise ValueError(f"the shards of {name} are not those {saved.folder} was trained on "
-                             f"(fingerprint {fingerprint[:12]}, was {str(saved.loop['data'].get(name))[:12]}); "
-                             "give the same data=, or another out= to start anew")
+            raise ValueError(
+                f"the shards of {name} are not those {saved.folder} was trained on "
+                f"(fingerprint {fingerprint[:12]}, was {str(saved.loop['data'].get(name))[:12]}); "
+                "give the same data=, or another out= to start anew"
+            )
 
 
 def agree(facts: dict[str, Any]) -> None:
@@ -200,17 +237,32 @@ def agree(facts: dict[str, Any]) -> None:
     for rank, other in enumerate(everyone):
         for key, value in facts.items():
             if other[key] != value:
-                raise ValueError(f"rank {rank} has {key} {other[key]}, rank {dist.get_rank()} has {value}; "
-                                 "all ranks must see the same command, files and checkpoints")
+                raise ValueError(
+                    f"rank {rank} has {key} {other[key]}, rank {dist.get_rank()} has {value}; "
+                    "all ranks must see the same command, files and checkpoints"
+                )
 
 
-def build_run(recipe: Recipe, ds_config: dict[str, Any], sources: list[Source], saved: checkpoints.Checkpoint | None,
-              device: torch.device, rank: int, world: int) -> Run:
+def build_run(
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    sources: list[Source],
+    saved: checkpoints.Checkpoint | None,
+    device: torch.device,
+    rank: int,
+    world: int,
+) -> Run:
     torch.manual_seed(recipe.seed)  # equal on all ranks: so are the fresh weights
     model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat)
     optim = recipe.optim
-    optimizer = build_optimizer(model, lr=optim.lr, betas=optim.betas, eps=optim.eps,
-                                weight_decay=optim.weight_decay, decay_all=recipe.fairseq_compat)
+    optimizer = build_optimizer(
+        model,
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        decay_all=recipe.fairseq_compat,
+    )
     engine = build_engine(model, optimizer, ds_config)
     ema = TeacherEMA(engine)
     step = applied = 0
@@ -234,12 +286,16 @@ def introduce(run: Run, ds_config: dict[str, Any], saved: checkpoints.Checkpoint
     recipe, engine = run.recipe, run.engine
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
     dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
-    run.say(f"{recipe.name}: {trained / 1e6:.1f} M parameters, ZeRO-{engine.zero_optimization_stage()}, {dtype}, "
-            f"{run.world} rank{'s' * (run.world > 1)} on {run.device.type}, run folder {recipe.folder}")
+    run.say(
+        f"{recipe.name}: {trained / 1e6:.1f} M parameters, ZeRO-{engine.zero_optimization_stage()}, {dtype}, "
+        f"{run.world} rank{'s' * (run.world > 1)} on {run.device.type}, run folder {recipe.folder}"
+    )
     for source in run.sources:
         epochs = run.plan.epochs(recipe.train.steps)[source.name]
-        run.say(f"  {source.name}: {source.samples.size} units in {len(source.corpus.indexes)} shards, "
-                f"{source.batch * source.micro_batches} a step, {epochs:.2f} epochs in {recipe.train.steps} steps")
+        run.say(
+            f"  {source.name}: {source.samples.size} units in {len(source.corpus.indexes)} shards, "
+            f"{source.batch * source.micro_batches} a step, {epochs:.2f} epochs in {recipe.train.steps} steps"
+        )
     if saved:
         run.say(f"resuming from {saved.folder}: {run.step} of {recipe.train.steps} steps are done")
 
@@ -261,9 +317,16 @@ def environment(world: int) -> dict[str, Any]:
 
     import d2v_ds
 
-    return {"d2v_ds": d2v_ds.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__,
-            "python": platform.python_version(), "machine": platform.platform(), "world_size": world,
-            "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "command": sys.argv, "threads": torch.get_num_threads(), "pid": os.getpid()}
-
+    return {
+        "d2v_ds": d2v_ds.__version__,
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "world_size": world,
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "command": sys.argv,
+        "threads": torch.get_num_threads(),
+        "pid": os.getpid(),
+    }

@@ -10,10 +10,10 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_ds.modalities.audio.samples import AudioData
 from d2v_ds.model.decoder import Decoder
 from d2v_ds.model.encoder import Context, ModalityConfig, ModalityEncoder
 from d2v_ds.model.layers import Body, ConvBlock, LayerNormFp32
-from d2v_ds.modalities.audio.samples import AudioData
 
 CONV_LAYERS = ((512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2)
 
@@ -36,8 +36,10 @@ class WaveformEncoder(nn.Module):
     def __init__(self, config: AudioConfig, dim: int):
         super().__init__()
         channels = [1] + [c for c, _, _ in config.conv_layers]
-        self.convs = nn.ModuleList(nn.Conv1d(channels[i], c, kernel, stride, bias=False)
-                                   for i, (c, kernel, stride) in enumerate(config.conv_layers))
+        self.convs = nn.ModuleList(
+            nn.Conv1d(channels[i], c, kernel, stride, bias=False)
+            for i, (c, kernel, stride) in enumerate(config.conv_layers)
+        )
         self.norms = nn.ModuleList(LayerNormFp32(c) for c, _, _ in config.conv_layers)
         self.norm = nn.LayerNorm(channels[-1])
         self.proj = nn.Linear(channels[-1], dim)
@@ -60,8 +62,9 @@ class ConvPositions(nn.Module):
         super().__init__()
         kernel = max(3, config.position_width // config.position_depth)
         self.pre_norm = nn.LayerNorm(dim) if config.position_pre_norm else None
-        self.convs = nn.ModuleList(ConvBlock(1, dim, dim, kernel, config.position_groups)
-                                   for _ in range(config.position_depth))
+        self.convs = nn.ModuleList(
+            ConvBlock(1, dim, dim, kernel, config.position_groups) for _ in range(config.position_depth)
+        )
 
     def forward(self, x_NTD: Tensor, padding_NT: Tensor | None) -> Tensor:
         x = x_NTD if self.pre_norm is None else self.pre_norm(x_NTD)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from d2v_ds.modalities.audio.net import AudioConfig
+from d2v_ds.modalities.audio.samples import AudioData
 from d2v_ds.model.decoder import DecoderConfig
 from d2v_ds.model.encoder import Alibi
 from d2v_ds.model.layers import Body
 from d2v_ds.model.masking import Mask
 from d2v_ds.model.targets import Target
-from d2v_ds.modalities.audio.net import AudioConfig
-from d2v_ds.modalities.audio.samples import AudioData
 from d2v_ds.recipe import EMA, Optim, Recipe, Train
 
 
@@ -35,11 +35,19 @@ def tiny_speech() -> AudioConfig:
     return AudioConfig(
         clones=4,
         conv_layers=((64, 10, 5), *[(64, 3, 2)] * 4, *[(64, 2, 2)] * 2),
-        position_width=38, position_depth=2,
+        position_width=38,
+        position_depth=2,
         mask=Mask(kind="block", ratio=0.6, adjust=0.05, length=5),
         target=Target(top_k=4, per_layer="instance"),
         decoder=DecoderConfig(dim=64, kernel=7, layers=3, groups=16),
-        teacher="full", alibi=Alibi(),
-        data=AudioData(shards="multimodal-train-*.tar", fields="ogg;flac;wav;opus;mp3", batch=16, micro_batches=1,
-                       max_seconds=1.0, min_seconds=0.5),
+        teacher="full",
+        alibi=Alibi(),
+        data=AudioData(
+            shards="multimodal-train-*.tar",
+            fields="ogg;flac;wav;opus;mp3",
+            batch=16,
+            micro_batches=1,
+            max_seconds=1.0,
+            min_seconds=0.5,
+        ),
     )

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_ds.data import Corpus, Draw
-from d2v_ds.model.batch import Batch, make_views
 from d2v_ds.modalities.source import StreamConfig, draw_masks, generator, pad_stack
+from d2v_ds.model.batch import Batch, make_views
 
 RATE = 16_000
 MAX_SECONDS = 3600  # a longer one, or a header that lies, would fill the memory of a worker
@@ -63,8 +63,10 @@ class AudioSamples:
     def read(self, corpus: Corpus, unit: int) -> Tensor:
         waveform = normalise(decode_sound(corpus.read(unit)["audio"]))
         if len(waveform) < self.min_length:
-            raise ValueError(f"sound of {len(waveform)} samples is shorter than {self.min_length} "
-                             "although its header says more")
+            raise ValueError(
+                f"sound of {len(waveform)} samples is shorter than {self.min_length} "
+                "although its header says more"
+            )
         return waveform
 
     def collate(self, waveforms: list[Tensor], draws: list[Draw]) -> Batch:
@@ -78,8 +80,10 @@ class AudioSamples:
         """One waveform at 16 kHz as a trained model sees it; (S,)."""
         waveform = torch.as_tensor(waveform, dtype=torch.float32)
         if waveform.ndim != 1 or num_frames(len(waveform), self.config.conv_layers) < 1:
-            raise ValueError(f"waveform of shape {tuple(waveform.shape)} must be one-dimensional (16 kHz mono) and at "
-                             "least 25 ms long")
+            raise ValueError(
+                f"waveform of shape {tuple(waveform.shape)} must be one-dimensional (16 kHz mono) and at "
+                "least 25 ms long"
+            )
         return normalise(waveform)
 
     def pad(self, waveforms: list[Tensor]) -> Batch:
@@ -104,8 +108,10 @@ def sound_size(data: bytes) -> tuple[int, int]:
     except soundfile.LibsndfileError as error:
         raise ValueError(f"undecodable sound: {error}") from error
     if info.frames > MAX_SECONDS * info.samplerate:
-        raise ValueError(f"sound of {info.frames / info.samplerate:.0f} s by its header is above the limit of "
-                         f"{MAX_SECONDS} s; cut it into pieces")
+        raise ValueError(
+            f"sound of {info.frames / info.samplerate:.0f} s by its header is above the limit of "
+            f"{MAX_SECONDS} s; cut it into pieces"
+        )
     return info.frames, info.samplerate
 
 

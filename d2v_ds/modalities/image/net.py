@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from d2v_ds.modalities.image.samples import ImageData
 from d2v_ds.model.decoder import Decoder
 from d2v_ds.model.encoder import Context, ModalityConfig, ModalityEncoder
 from d2v_ds.model.layers import Body
-from d2v_ds.modalities.image.samples import ImageData
 
 
 class ImageConfig(ModalityConfig):
@@ -48,8 +48,10 @@ def sincos_positions(dim: int, side: int) -> Tensor:
 
 def build_encoder(config: ImageConfig, body: Body, fairseq_compat: bool) -> ModalityEncoder:
     if config.size % config.patch or body.dim % 4:
-        raise ValueError(f"image size {config.size} must be a multiple of patch {config.patch}, "
-                         f"and body.dim {body.dim} of 4: change one of them")
+        raise ValueError(
+            f"image size {config.size} must be a multiple of patch {config.patch}, "
+            f"and body.dim {body.dim} of 4: change one of them"
+        )
     local = PatchEmbed(config, body.dim)
     positions = sincos_positions(body.dim, config.size // config.patch)
     return ModalityEncoder(local, Context(config, body, positions, fairseq_compat=fairseq_compat))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from d2v_ds.modalities.image.net import ImageConfig
+from d2v_ds.modalities.image.samples import ImageData
 from d2v_ds.model.decoder import DecoderConfig
 from d2v_ds.model.layers import Body
 from d2v_ds.model.loss import Loss
 from d2v_ds.model.masking import Mask
 from d2v_ds.model.targets import Target
-from d2v_ds.modalities.image.net import ImageConfig
-from d2v_ds.modalities.image.samples import ImageData
 from d2v_ds.recipe import EMA, Optim, Recipe, Train
 
 
@@ -37,12 +37,24 @@ def tiny_body() -> Body:
 def tiny_digits() -> ImageConfig:
     """16 patches, 8 views: the class token's weight keeps 0.01 * rows of a pass at the original's order."""
     return ImageConfig(
-        size=32, patch=8, clones=8,
+        size=32,
+        patch=8,
+        clones=8,
         mask=Mask(kind="inverse_block", ratio=0.6, adjust=0.07, length=2),
         target=Target(top_k=4, per_layer="instance", final=("layer",)),
         loss=Loss(cls_weight=0.01),
         decoder=DecoderConfig(dim=64, kernel=3, layers=3, groups=16),
-        teacher="full", extra_tokens=1, extra_tokens_init="normal",
-        data=ImageData(shards="images-train-*.tar", fields="png;jpg;jpeg;webp", batch=16, micro_batches=1,
-                       crop_scale=(1.0, 1.0), flip=0.0, mean=(0.3, 0.3, 0.3), std=(0.35, 0.35, 0.35)),
+        teacher="full",
+        extra_tokens=1,
+        extra_tokens_init="normal",
+        data=ImageData(
+            shards="images-train-*.tar",
+            fields="png;jpg;jpeg;webp",
+            batch=16,
+            micro_batches=1,
+            crop_scale=(1.0, 1.0),
+            flip=0.0,
+            mean=(0.3, 0.3, 0.3),
+            std=(0.35, 0.35, 0.35),
+        ),
     )

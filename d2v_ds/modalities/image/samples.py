@@ -12,8 +12,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from d2v_ds.data import Corpus, Draw
-from d2v_ds.model.batch import Batch, make_views
 from d2v_ds.modalities.source import StreamConfig, draw_masks, generator
+from d2v_ds.model.batch import Batch, make_views
 
 MAX_PIXELS = 100_000_000  # a bomb is refused by its header, before it is decoded
 
@@ -55,8 +55,10 @@ class ImageSamples:
         return decode_image(corpus.read(unit)["image"])
 
     def collate(self, images: list[Image.Image], draws: list[Draw]) -> Batch:
-        pixels = [self.normalise(self.augment(image, generator(draw, "crop")))
-                  for image, draw in zip(images, draws, strict=True)]
+        pixels = [
+            self.normalise(self.augment(image, generator(draw, "crop")))
+            for image, draw in zip(images, draws, strict=True)
+        ]
         tokens = (self.config.size // self.config.patch) ** 2
         masks = draw_masks(draws, [tokens] * len(draws), self.config)
         return Batch("image", torch.stack(pixels), **make_views(torch.from_numpy(np.concatenate(masks))))
@@ -78,8 +80,10 @@ class ImageSamples:
         size = self.config.size
         if isinstance(image, torch.Tensor):
             if tuple(image.shape) != (3, size, size):
-                raise ValueError(f"image tensor of shape {tuple(image.shape)} must be (3, {size}, {size}), normalised; "
-                                 "or give a PIL image of any size")
+                raise ValueError(
+                    f"image tensor of shape {tuple(image.shape)} must be (3, {size}, {size}), normalised; "
+                    "or give a PIL image of any size"
+                )
             return image
         return self.normalise(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
 
@@ -92,7 +96,9 @@ def decode_image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"image of {image.width}x{image.height} pixels is above the limit of {MAX_PIXELS}")
+            raise ValueError(
+                f"image of {image.width}x{image.height} pixels is above the limit of {MAX_PIXELS}"
+            )
         return to_rgb(image)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"undecodable image: {error}") from error
@@ -101,14 +107,17 @@ def decode_image(data: bytes) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB; 16-bit grey is scaled, which Pillow's own conversion would clip to white."""
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.float64).clip(0, 65535) / 257).round().astype(np.uint8))
+        image = Image.fromarray(
+            (np.asarray(image).astype(np.float64).clip(0, 65535) / 257).round().astype(np.uint8)
+        )
     elif image.mode == "F":
         raise ValueError("image of 32-bit floats has no defined range; store it as 8 or 16 bits")
     return image.convert("RGB")
 
 
-def crop_box(size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float],
-             rng: np.random.Generator) -> tuple[int, int, int, int]:
+def crop_box(
+    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
     """A random box (left, upper, right, lower) by area and aspect, as RandomResizedCrop draws it."""
     width, height = size
     if scale[0] >= 1:
@@ -120,5 +129,8 @@ def crop_box(size: tuple[int, int], scale: tuple[float, float], ratio: tuple[flo
         if 0 < w <= width and 0 < h <= height:
             left, upper = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
             return (left, upper, left + w, upper + h)
-    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))  # centre, nearest aspect
+    w, h = (
+        min(width, round(height * ratio[1])),
+        min(height, round(width / ratio[0])),
+    )  # centre, nearest aspect
     return ((width - w) // 2, (height - h) // 2, (width - w) // 2 + w, (height - h) // 2 + h)

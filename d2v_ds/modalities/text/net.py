@@ -9,10 +9,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from d2v_ds.modalities.text.samples import PAD, TextData
 from d2v_ds.model.decoder import Decoder
 from d2v_ds.model.encoder import Context, ModalityConfig, ModalityEncoder
 from d2v_ds.model.layers import Body
-from d2v_ds.modalities.text.samples import PAD, TextData
 
 
 class TextConfig(ModalityConfig):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from d2v_ds.modalities.text.net import TextConfig
+from d2v_ds.modalities.text.samples import TextData
 from d2v_ds.model.decoder import DecoderConfig
 from d2v_ds.model.layers import Body
 from d2v_ds.model.loss import Loss
 from d2v_ds.model.masking import Mask
 from d2v_ds.model.targets import Target
-from d2v_ds.modalities.text.net import TextConfig
-from d2v_ds.modalities.text.samples import TextData
 from d2v_ds.recipe import EMA, Optim, Recipe, Train
 
 
@@ -30,7 +30,10 @@ def text_tiny() -> Recipe:
 
 def tiny_prose() -> TextConfig:
     return TextConfig(
-        vocabulary=1000, max_tokens=64, clones=4, embed_dropout=0.0,
+        vocabulary=1000,
+        max_tokens=64,
+        clones=4,
+        embed_dropout=0.0,
         mask=Mask(kind="random", ratio=0.48),
         target=Target(top_k=4, per_layer="instance"),
         loss=Loss(scale=1.0),

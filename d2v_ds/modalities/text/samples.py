@@ -11,9 +11,9 @@ import sentencepiece
 import torch
 
 from d2v_ds.data import Corpus, Draw, TextBlocks
+from d2v_ds.modalities.source import StreamConfig, draw_masks, pad_stack
 from d2v_ds.model.batch import Batch, make_views
 from d2v_ds.model.masking import pad_masks
-from d2v_ds.modalities.source import StreamConfig, draw_masks, pad_stack
 
 BOS, PAD, EOS, UNK = range(4)
 
@@ -80,7 +80,9 @@ class TextSamples:
             stream = [i for doc in range(first, last + 1) for i in self.encode(corpus.read(doc)["text"])]
             ids = stream[offset : offset + limit]
             if len(ids) < limit:
-                raise corpus.corrupt(first, f"block of {len(ids)} tokens instead of {limit}: token counts are stale")
+                raise corpus.corrupt(
+                    first, f"block of {len(ids)} tokens instead of {limit}: token counts are stale"
+                )
         return np.array([BOS, *ids])
 
     def collate(self, rows: list[np.ndarray], draws: list[Draw]) -> Batch:
@@ -90,7 +92,9 @@ class TextSamples:
             source[i, : len(row)] = torch.from_numpy(row)
         masks = pad_masks(draw_masks(draws, lengths, self.config))
         padding = source == PAD
-        return Batch("text", source, padding if bool(padding.any()) else None, **make_views(torch.from_numpy(masks)))
+        return Batch(
+            "text", source, padding if bool(padding.any()) else None, **make_views(torch.from_numpy(masks))
+        )
 
     def prepare(self, text: str | torch.Tensor | list[int]) -> torch.Tensor:
         """One text as a trained model sees it: <s>, ids, </s>, cut to max_tokens; (T,). Ids are taken as they are."""
@@ -107,20 +111,28 @@ def find_tokenizer(name: str, folder: Path) -> Path:
     for path in (Path(name), folder / name, folder.parent / name):
         if path.is_file():
             return path
-    raise ValueError(f"tokenizer '{name}' is neither a file nor one in {folder}; "
-                     "set modalities.text.data.tokenizer=PATH to a sentencepiece model")
+    raise ValueError(
+        f"tokenizer '{name}' is neither a file nor one in {folder}; "
+        "set modalities.text.data.tokenizer=PATH to a sentencepiece model"
+    )
 
 
 def load_tokenizer(model: bytes, vocabulary: int, path: Path) -> sentencepiece.SentencePieceProcessor:
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
-        raise ValueError(f"{path} is no sentencepiece model ({error}); train one with sentencepiece") from error
+        raise ValueError(
+            f"{path} is no sentencepiece model ({error}); train one with sentencepiece"
+        ) from error
     special = (tokenizer.bos_id(), tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.unk_id())
     if special != (BOS, PAD, EOS, UNK):
-        raise ValueError(f"{path}: ids of <s>, <pad>, </s>, <unk> are {special}, must be {(BOS, PAD, EOS, UNK)}; "
-                         "train it with bos_id=0 pad_id=1 eos_id=2 unk_id=3")
+        raise ValueError(
+            f"{path}: ids of <s>, <pad>, </s>, <unk> are {special}, must be {(BOS, PAD, EOS, UNK)}; "
+            "train it with bos_id=0 pad_id=1 eos_id=2 unk_id=3"
+        )
     if tokenizer.get_piece_size() > vocabulary:
-        raise ValueError(f"{path} has {tokenizer.get_piece_size()} pieces, more than modalities.text.vocabulary="
-                         f"{vocabulary}; set that to at least the number of pieces")
+        raise ValueError(
+            f"{path} has {tokenizer.get_piece_size()} pieces, more than modalities.text.vocabulary="
+            f"{vocabulary}; set that to at least the number of pieces"
+        )
     return tokenizer
