@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from equality_cases import CASES, STEPS, case_recipe, schedule
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2v_ds.engine.ds_config import find_config, read_config, resolve_config
 from d2v_ds.engine.launch import prepare_environment, start_distributed
@@ -22,28 +23,17 @@ from d2v_ds.training.loop import Report, train_step
 from d2v_ds.training.run import build_run, open_sources
 
 
-class CountCollectives:
-    """Names of torch.distributed collectives called inside the block."""
+class CountCollectives(TorchDispatchMode):
+    """Names of the collectives issued inside the block, by whoever: each is an operator of c10d."""
 
-    NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor", "broadcast",
-             "all_gather_object", "broadcast_object_list", "barrier", "_all_gather_base", "all_gather_coalesced")
-
-    def __enter__(self):
+    def __init__(self) -> None:
+        super().__init__()
         self.calls: list[str] = []
-        self.originals = {n: getattr(dist, n) for n in self.NAMES if hasattr(dist, n)}
-        for name, function in self.originals.items():
-            setattr(dist, name, self.wrap(name, function))
-        return self
 
-    def wrap(self, name, function):
-        def counted(*args, **kwargs):
-            self.calls.append(name)
-            return function(*args, **kwargs)
-        return counted
-
-    def __exit__(self, *_):
-        for name, function in self.originals.items():
-            setattr(dist, name, function)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.calls.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def full_values(run) -> dict[str, torch.Tensor]:

@@ -63,6 +63,12 @@ def test_the_average_at_zero3_needs_no_collective(name, results):
     assert results[name]["num_collectives"].item() == 0
 
 
+def test_the_counter_of_collectives_counts(results):
+    """At ZeRO-1 and ZeRO-2 in bf16 the teacher is gathered once for each group and step."""
+    assert results["zero1_bf16"]["num_collectives"].item() >= 5
+    assert results["zero2_bf16"]["num_collectives"].item() >= 5
+
+
 @pytest.mark.parametrize("name", list(CASES))
 def test_the_average_moves_as_the_fp32_formula_says(name, results):
     """tau * old + (1 - tau) * master in float64, at bf16 too; and it moves at tau = 0.9999, where bf16 would not."""
