@@ -243,8 +243,8 @@ def test_shuffled_targets_are_the_next_samples_targets() -> None:
     assert torch.equal(control.targets_BTD[1], out.targets_BTD[0])
     assert torch.equal(control.targets_BTD[0], out.targets_BTD[2])
     assert torch.equal(control.pred_NJD, out.pred_NJD)
-    rows = torch.arange(24)[:, None]
-    assert torch.equal(control.target_NJD, out.targets_BTD[(rows // 8 - 1) % 3, batch.masked_NJ])
+    rows = torch.arange(12)[:, None]
+    assert torch.equal(control.target_NJD, out.targets_BTD[(rows // 4 - 1) % 3, batch.masked_NJ])
 
 
 def test_the_loss_is_a_sum_over_masked_tokens_and_channels() -> None:
@@ -265,7 +265,7 @@ def test_the_class_tokens_loss_is_weighted_by_the_tokens_of_the_pass() -> None:
     batch = make_batch(model, "image")
     out = model(batch)
     cls = model.see_visible(batch, local_of(model, batch))[:, 0]
-    mean = out.targets_BTD.mean(dim=1).repeat_interleave(8, dim=0)
+    mean = out.targets_BTD.mean(dim=1).repeat_interleave(4, dim=0)
     expected = 0.01 * out.sample_size * (cls - mean).square().sum() / 96**0.5
     assert out.losses["cls"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert out.loss.item() == pytest.approx((out.losses["cls"] + out.losses["regression"]).item(), rel=1e-6)

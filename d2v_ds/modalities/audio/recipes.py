@@ -13,7 +13,7 @@ from d2v_ds.recipe import EMA, Optim, Recipe, Train
 
 
 def audio_tiny() -> Recipe:
-    """Spoken digits in crops of up to 1 s on two CPU cores.
+    """Spoken digits in crops of 0.7 s on two CPU cores.
 
     python train.py --deepspeed zero0 --recipe audio_tiny
 
@@ -25,8 +25,8 @@ def audio_tiny() -> Recipe:
         body=Body(dim=96, depth=4, heads=4),
         modalities={"audio": tiny_speech()},
         ema=EMA(start=0.998, end=0.9998, anneal_steps=240),
-        optim=Optim(lr=3e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, warmup_steps=30, clip=4.0),
-        train=Train(steps=300, log_every=20, save_every=100, workers=1),
+        optim=Optim(lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, warmup_steps=40, clip=4.0),
+        train=Train(steps=400, log_every=20, save_every=100, workers=1),
         precision="fp32",
     )
 
@@ -47,7 +47,7 @@ def tiny_speech() -> AudioConfig:
             fields="ogg;flac;wav;opus;mp3",
             batch=16,
             micro_batches=1,
-            max_seconds=1.0,
+            max_seconds=0.7,
             min_seconds=0.5,
         ),
     )
