@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from d2v_ds.model.data2vec import Data2Vec
+from d2v_ds.model.data2vec import TEACHER, Data2Vec
 from d2v_ds.model.decoder import Decoder
 from d2v_ds.model.layers import Block
 
@@ -20,7 +20,8 @@ def fetched_whole(model: Data2Vec) -> Iterator[nn.Module]:
     whose input needs no gradient: DeepSpeed's hook would run before they have theirs.
     """
     for name, module in model.named_modules():
-        if isinstance(module, (Block, Decoder)) or name.endswith(".conv_positions"):
+        is_teachers = name.startswith(TEACHER) and name.endswith((".local", ".context"))
+        if isinstance(module, (Block, Decoder)) or name.endswith(".conv_positions") or is_teachers:
             yield module
 
 

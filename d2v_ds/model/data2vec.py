@@ -67,6 +67,11 @@ class Data2Vec(nn.Module):
                     f"modalities.{name}.target.top_k={config.target.top_k} must lie in 1..{body.depth}, "
                     "the number of shared blocks; prenet blocks give no targets"
                 )
+            if config.loss.cls_weight and not config.extra_tokens:
+                raise ValueError(
+                    f"modalities.{name}.loss.cls_weight={config.loss.cls_weight} needs a class token; "
+                    f"set modalities.{name}.extra_tokens=1, or the weight to 0"
+                )
         self.teacher: nn.Module | None = None
 
     def build_teacher(self) -> None:

@@ -18,7 +18,7 @@ import webdataset
 from PIL import Image
 
 from d2v_ds.data import Draw, Source
-from d2v_ds.modalities.audio.samples import RATE, AudioSamples, decode_sound, normalise, num_frames
+from d2v_ds.modalities.audio.samples import RATE, AudioSamples, crop, decode_sound, normalise, num_frames
 from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.image.samples import MAX_PIXELS, ImageSamples, crop_box, decode_image
 from d2v_ds.modalities.source import generator, open_source, shard_pattern
@@ -30,12 +30,18 @@ TEXT = (
     "letters from far towns under trees that bend when wind comes over hills"
 )
 WORDS = TEXT.split()
+FIXED = {
+    "image": ("size=32", "patch=8", "clones=8", "mask.ratio=0.6"),
+    "audio": ("clones=4", "mask.ratio=0.6", "data.max_seconds=1.0", "data.min_seconds=0.5"),
+    "text": ("clones=4", "mask.ratio=0.48"),
+}
 OUR_IDS = {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3}
 BANDS = {"wav": 1e-4, "flac": 1e-4, "ogg": 0.05}  # 16 bits, 16 bits, lossy
 
 
 def config_of(modality: str, *overrides: str) -> Any:
-    full = [f"modalities.{modality}.{override}" for override in overrides]
+    """The tiny recipe's, with what these tests count on fixed."""
+    full = [f"modalities.{modality}.{override}" for override in (*FIXED[modality], *overrides)]
     return load_recipe(f"{modality}_tiny", full).modalities[modality]
 
 
@@ -322,8 +328,16 @@ def test_sounds_are_cropped_at_random_to_the_shortest_of_the_batch() -> None:
     assert batch.padding_BT is None
 
 
+def test_a_crop_begins_anywhere_it_fits() -> None:
+    """The first and the last place included, each as often: 5 of 7 samples begin at 0, 1 or 2."""
+    rng = np.random.default_rng(0)
+    crops = torch.stack([crop(torch.arange(7), 5, rng) for _ in range(900)])
+    assert torch.equal(crops, crops[:, :1] + torch.arange(5))
+    assert crops[:, 0].bincount().tolist() == pytest.approx([300] * 3, abs=4 * (900 * 2 / 9) ** 0.5)
+
+
 def test_no_crop_is_longer_than_the_limit() -> None:
-    """One second in the tiny recipe; and a sound of just that length is taken whole."""
+    """One second here; and a sound of just that length is taken whole."""
     samples = AudioSamples(config_of("audio"), Path())
     long = torch.arange(40_000, dtype=torch.float32)
     assert samples.collate([long, long], draws_of(1, 2)).source.shape == (2, 16_000)
@@ -353,8 +367,8 @@ def test_short_and_broken_sounds_are_left_out_and_others_are_read_normalised(tmp
         b"no sound",
         sound(tone(30_000, 44_100), 44_100, "flac"),
     ]
-    write_shard(tmp_path / "multimodal-train-000000.tar", "wav", contents)
-    source = open_source("audio", config_of("audio"), str(tmp_path))
+    write_shard(tmp_path / "a.tar", "wav", contents)
+    source = open_source("audio", config_of("audio", "data.shards=a.tar", "data.fields=wav"), str(tmp_path))
     assert len(source.corpus) == 2 and source.corpus.lengths.tolist() == [8000, 10_884]
     waveform = source.samples.read(source.corpus, 1)
     assert len(waveform) == 10_885
@@ -394,12 +408,16 @@ def folder(tmp_path: Path, tokenizer: bytes) -> Path:
     (tmp_path / "sentencepiece.model").write_bytes(tokenizer)
     for shard in range(2):
         texts = [document(10 * shard + i, words) for i, words in enumerate((1, 30, 2, 7, 50, 3, 11))]
-        write_shard(tmp_path / f"text-train-{shard:06d}.tar", "txt", [text.encode() for text in texts])
+        write_shard(tmp_path / f"{shard}.tar", "txt", [text.encode() for text in texts])
     return tmp_path
 
 
 def open_text(folder: Path, *overrides: str) -> Source:
-    return open_source("text", config_of("text", "max_tokens=16", "vocabulary=50", *overrides), str(folder))
+    return open_source(
+        "text",
+        config_of("text", "max_tokens=16", "vocabulary=50", "data.shards=*.tar", *overrides),
+        str(folder),
+    )
 
 
 def expected_stream(tokenizer: bytes, shard: int) -> list[int]:
