@@ -5,7 +5,6 @@ N samples, D features, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,18 +70,20 @@ def labelled(encoder: Encoder, shards: str, label: str) -> tuple[list[Any], Tens
 @torch.no_grad()
 def features(encoder: Encoder, items: list[Any], batch: int = 64) -> dict[str, Tensor]:
     """`mean`: the last block, mean-pooled, (N, D). `all`: every block's mean, concatenated, (N, D * depth)."""
-    means, alls = [], []
-    for chunk in chunks(items, batch):
-        f = encoder.extract(chunk, all=True)
-        pooled = [mean_pool(layer, f.mask) for layer in f.layers]
-        means.append(pooled[-1])
-        alls.append(torch.cat(pooled, dim=1))
-    return {"mean": torch.cat(means).float(), "all": torch.cat(alls).float()}
+    order = sorted(range(len(items)), key=lambda i: length(items[i]))  # alike lengths: little padding
+    pooled: list[Any] = [None] * len(items)
+    for first in range(0, len(order), batch):
+        chosen = order[first : first + batch]
+        f = encoder.extract([items[i] for i in chosen], all=True)
+        means = torch.stack([mean_pool(layer, f.mask) for layer in f.layers], dim=1).float()  # (B, depth, D)
+        for i, row in zip(chosen, means, strict=True):
+            pooled[i] = row
+    stacked = torch.stack(pooled)
+    return {"mean": stacked[:, -1], "all": stacked.flatten(1)}
 
 
-def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for i in range(0, len(items), size):
-        yield items[i : i + size]
+def length(item: Any) -> int:
+    return len(item) if isinstance(item, (Tensor, str)) else 0
 
 
 def random_twin(encoder: Encoder) -> Encoder:
