@@ -29,15 +29,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean '{matches[0]}'?" if matches else f"; known: {', '.join(known)}"
 
 
-def explain(error: ValidationError, known: Iterable[str], source: str) -> ValueError:
+def explain(error: ValidationError, known: Iterable[str], source: str, prefix: str = "") -> ValueError:
     """One readable ValueError for pydantic's list: key, value, rule, and the nearest key if unknown."""
     lines = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
+        key = prefix + ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown key '{key}'{nearest(key, known)}")
+        elif isinstance(item.get("input"), (dict, Config)):  # a rule about several keys names them itself
+            lines.append(message)
         else:
-            lines.append(f"{key}={item.get('input')!r}: {item['msg']}")
+            lines.append(f"{key}={item.get('input')!r}: {message}")
     return ValueError(f"{source}: " + "; ".join(lines))
 
 

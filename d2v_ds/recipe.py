@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    NonNegativeInt,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from d2v_ds.config import Config, dotted_keys, explain, nearest
 from d2v_ds.modalities import MODALITIES, config_class, known
@@ -26,7 +33,7 @@ class EMA(Config):
 
     start: float = 0.999
     end: float = 0.99999
-    anneal_steps: int = 75_000
+    anneal_steps: NonNegativeInt = 75_000
 
 
 class Optim(Config):
@@ -36,7 +43,7 @@ class Optim(Config):
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.01
-    warmup_steps: int = 8_000
+    warmup_steps: NonNegativeInt = 8_000
     min_lr: float = 0.0
     clip: float = 0.0
     """Largest global gradient norm; 0 = no clipping."""
@@ -44,12 +51,12 @@ class Optim(Config):
 
 class Train(Config):
     steps: int = 400_000
-    log_every: int = 50
-    save_every: int = 5_000
-    keep_checkpoints: int = 2
-    workers: int = 2
+    log_every: PositiveInt = 50
+    save_every: PositiveInt = 5_000
+    keep_checkpoints: PositiveInt = 2
+    workers: NonNegativeInt = 2
     """Data workers of each rank; 0 reads in the training process."""
-    skip_limit: int = 10
+    skip_limit: PositiveInt = 10
     """Steps in a row that may be skipped for gradients that are not finite."""
     max_bad_share: float = 0.001
     """Share of unreadable samples above which a run stops."""
@@ -155,7 +162,15 @@ def read_yaml(path: Path) -> Recipe:
         raise ValueError(
             f"recipe file {path} does not exist; give a YAML file or one of {', '.join(recipes())}"
         )
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{path} holds {type(settings).__name__}, must be the settings of a recipe, key: value; "
+            "`--print-recipe` prints an example"
+        )
     return validated(settings, str(path))
 
 
@@ -171,7 +186,7 @@ def override(recipe: Recipe, assignments: list[str] | tuple[str, ...]) -> Recipe
         key, sep, text = assignment.partition("=")
         if not sep:
             raise ValueError(f"'{assignment}' is no key=value; for example train.steps=1000")
-        if not is_known(key, leaves, recipe):
+        if not is_known(key, text, leaves):
             raise ValueError(f"unknown key '{key}'{nearest(key, leaves)}")
         *parents, last = key.split(".")
         target = settings
@@ -179,15 +194,19 @@ def override(recipe: Recipe, assignments: list[str] | tuple[str, ...]) -> Recipe
             if target.get(parent) is None:
                 target[parent] = {}
             target = target[parent]
-        target[last] = parse_value(text)
+        target[last] = text if isinstance(leaves.get(key), str) or key == "out" else parse_value(text)
     return validated(settings, "recipe")
 
 
-def is_known(key: str, leaves: dict[str, Any], recipe: Recipe) -> bool:
-    if key in leaves:
-        return True
-    parent = key.rsplit(".", 1)[0]  # a group that is None by default, such as modalities.image.alibi
-    return parent in leaves and leaves[parent] is None
+def is_known(key: str, text: str, leaves: dict[str, Any]) -> bool:
+    """A setting; one of a group that is absent by default (modalities.image.alibi); or a group, to be made absent."""
+    parent = key.rsplit(".", 1)[0]
+    is_group = any(leaf.startswith(f"{key}.") for leaf in leaves)
+    return (
+        key in leaves
+        or (parent in leaves and leaves[parent] is None)
+        or (is_group and parse_value(text) is None)
+    )
 
 
 def parse_value(text: str) -> Any:
@@ -202,11 +221,30 @@ def parse_value(text: str) -> Any:
 
 
 def validated(settings: dict[str, Any], source: str) -> Recipe:
+    """The recipe of these settings; a ValueError names key, value and rule in one line."""
+    settings = dict(settings)
+    if isinstance(settings.get("modalities"), dict):
+        settings["modalities"] = {
+            name: validated_modality(name, values, source) for name, values in settings["modalities"].items()
+        }
     try:
         return Recipe(**settings)
     except ValidationError as error:
-        names = [k for name in MODALITIES for k in config_class(name).model_fields]
-        raise explain(error, [*names, *all_keys(Recipe)], source) from error
+        raise explain(error, all_keys(Recipe), source) from error
+
+
+def validated_modality(name: str, values: Any, source: str) -> ModalityConfig:
+    prefix = f"modalities.{name}"
+    try:
+        config = config_class(known(name))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: {prefix}={values!r} must hold the settings of {name}, key: value")
+    try:
+        return config(**values)
+    except ValidationError as error:
+        raise explain(error, [f"{prefix}.{key}" for key in all_keys(config)], source, f"{prefix}.") from error
 
 
 def all_keys(config: type[Config]) -> list[str]:

@@ -42,6 +42,59 @@ TOP_LEVEL = {
     "use_data_before_expert_parallelism",
     "timers",
 }
+# keys of the sections that are resolved here; the others are DeepSpeed's to check
+SECTIONS = {
+    "bf16": {
+        "enabled",
+        "immediate_grad_update",
+        "check_grad_overflow",
+        "bf16_master_weights_and_grads",
+        "bf16_optimizer_states",
+    },
+    "fp16": {
+        "enabled",
+        "auto_cast",
+        "loss_scale",
+        "initial_scale_power",
+        "loss_scale_window",
+        "hysteresis",
+        "consecutive_hysteresis",
+        "min_loss_scale",
+        "fp16_master_weights_and_grads",
+    },
+    "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
+    "optimizer": {"type", "params", "legacy_fusion"},
+    "optimizer.params": {
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+        "torch_adam",
+        "adam_w_mode",
+        "bias_correction",
+        "fused",
+        "amsgrad",
+    },
+    "zero_optimization.offload_optimizer": {
+        "device",
+        "pin_memory",
+        "ratio",
+        "buffer_count",
+        "fast_init",
+        "nvme_path",
+        "pipeline",
+        "pipeline_read",
+        "pipeline_write",
+    },
+    "zero_optimization.offload_param": {
+        "device",
+        "pin_memory",
+        "buffer_count",
+        "buffer_size",
+        "max_in_cpu",
+        "nvme_path",
+    },
+}
 REMOVED = {
     "amp": "set bf16 or fp16",
     "nebula": "our own checkpoints replace it",
@@ -88,7 +141,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The parsed file; ValueError for bad JSON, unknown, removed or refused keys."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds {type(config).__name__}, must be a JSON object of DeepSpeed settings")
@@ -103,7 +156,25 @@ def read_config(path: Path) -> dict[str, Any]:
         if key not in TOP_LEVEL:
             raise ValueError(f"{path}: unknown key '{key}'{nearest(key, TOP_LEVEL)}")
     check_zero(path, config.get("zero_optimization", {}))
+    for name in SECTIONS:
+        check_section(path, config, name)
+    check_offload(path, config.get("zero_optimization", {}))
     return config
+
+
+def check_section(path: Path, config: dict[str, Any], name: str) -> None:
+    """A section is an object, and has only keys that are known."""
+    value: Any = config
+    for part in name.split("."):
+        if part not in value or value[part] is None:
+            return
+        value = value[part]
+    if not isinstance(value, dict):
+        example = '{"device": "cpu"}' if "offload" in name else '{"enabled": true}'
+        raise ValueError(f"{path}: {name}={value!r} must be an object such as {example}")
+    for key in value:
+        if key not in SECTIONS[name]:
+            raise ValueError(f"{path}: unknown key '{name}.{key}'{nearest(key, SECTIONS[name])}")
 
 
 def check_zero(path: Path, zero: dict[str, Any]) -> None:
@@ -122,6 +193,9 @@ def check_zero(path: Path, zero: dict[str, Any]) -> None:
             raise ValueError(f"{path}: unknown key 'zero_optimization.{key}'{nearest(key, known)}")
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage={zero['stage']!r} must be 0, 1, 2 or 3")
+
+
+def check_offload(path: Path, zero: dict[str, Any]) -> None:
     for key in ("offload_param", "offload_optimizer"):
         device = (zero.get(key) or {}).get("device", "none")
         if device == "nvme":
@@ -129,6 +203,8 @@ def check_zero(path: Path, zero: dict[str, Any]) -> None:
                 f"{path}: zero_optimization.{key}.device=nvme is not supported: the EMA needs its "
                 "values in memory; use cpu"
             )
+        if device not in ("cpu", "none"):
+            raise ValueError(f"{path}: zero_optimization.{key}.device={device!r} must be cpu or none")
 
 
 def resolve_config(
@@ -211,12 +287,15 @@ def drop_optimizer(config: dict[str, Any], path: str, **recipe: Any) -> None:
 
 
 def resolve_precision(config: dict[str, Any], precision: str, path: str) -> None:
-    bf16, fp16 = config.setdefault("bf16", {"enabled": False}), config.setdefault("fp16", {"enabled": False})
+    bf16, fp16 = (config.setdefault(name, {}) for name in ("bf16", "fp16"))
+    for section in (bf16, fp16):
+        section.setdefault("enabled", False)
     if "auto" in (bf16.get("enabled"), fp16.get("enabled")):
         chosen = hardware_precision() if precision == "auto" else precision
         for section, name in ((bf16, "bf16"), (fp16, "fp16")):
-            if section.get("enabled") == "auto":
-                section["enabled"] = chosen == name
+            section["enabled"] = chosen == name if section["enabled"] == "auto" else section["enabled"]
+        if chosen == "fp16" and not bf16["enabled"]:
+            fp16["enabled"] = True  # presets say "auto" for bf16 alone
     elif precision not in ("auto", config_precision(config)):
         raise ValueError(
             f"{path} says {config_precision(config)}, precision={precision} contradicts it; "

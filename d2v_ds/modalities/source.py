@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor
 
 from d2v_ds.config import Config
@@ -21,9 +22,9 @@ class StreamConfig(Config):
 
     shards: str = "*.tar"
     """File pattern inside the data folder; a `data=` that is a pattern itself replaces it."""
-    batch: int = 16
+    batch: PositiveInt = 16
     """Samples in a micro-batch: what one forward pass sees."""
-    micro_batches: int = 16
+    micro_batches: PositiveInt = 16
     """Micro-batches in a step, over all ranks: ranks must divide it."""
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from d2v_ds.config import Config
@@ -34,7 +35,7 @@ class ModalityConfig(Config):
     """What every modality sets; each adds its own keys."""
 
     kind: str
-    clones: int = 8
+    clones: PositiveInt = 8
     """M, masked views of a sample that share one teacher pass."""
     mask: Mask = Mask()
     target: Target = Target()

@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -313,14 +314,12 @@ def write_run_files(recipe: Recipe, ds_config: dict[str, Any], sources: list[Sou
 
 
 def environment(world: int) -> dict[str, Any]:
-    import deepspeed
-
     import d2v_ds
 
     return {
         "d2v_ds": d2v_ds.__version__,
         "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
+        "deepspeed": version("deepspeed"),
         "python": platform.python_version(),
         "machine": platform.platform(),
         "world_size": world,
