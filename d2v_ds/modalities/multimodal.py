@@ -25,7 +25,7 @@ def multimodal_tiny() -> Recipe:
         name="multimodal_tiny",
         body=Body(dim=96, depth=4, heads=4),
         modalities=modalities,
-        ema=EMA(start=0.99, end=0.9998, anneal_steps=120),
+        ema=EMA(start=0.998, end=0.9998, anneal_steps=120),
         optim=Optim(lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, warmup_steps=20, clip=4.0),
         train=Train(steps=120, log_every=10, save_every=40, workers=1),
         precision="fp32",
