@@ -48,8 +48,8 @@ class ImageSamples:
         return self.read(corpus, unit)
 
     def raw(self, images: list[Image.Image]) -> torch.Tensor:
-        """The pixels themselves, for a baseline; (N, 3 * size * size)."""
-        return torch.stack([self.prepare(image).flatten() for image in images])
+        """The grey-scale pixels themselves, for a baseline; (N, size * size)."""
+        return torch.stack([self.prepare(image).mean(dim=0).flatten() for image in images])
 
     def read(self, corpus: Corpus, unit: int) -> Image.Image:
         return decode_image(corpus.read(unit)["image"])
