@@ -14,7 +14,7 @@ from d2v_ds.convert.consolidate import FORMAT, collect_weights, find_checkpoint,
 from d2v_ds.modalities import samples_class
 from d2v_ds.modalities.build import build_model
 from d2v_ds.model.batch import Batch
-from d2v_ds.model.data2vec import Data2Vec
+from d2v_ds.model.data2vec import TEACHER, Data2Vec
 from d2v_ds.recipe import Recipe
 
 
@@ -73,10 +73,11 @@ def is_several(x: Any) -> bool:
     return isinstance(x, (list, tuple)) and not (x and isinstance(x[0], int))
 
 
-def load(path: str | Path, modality: str | None = None, weights: str = "student") -> Encoder:
+def load(path: str | Path, modality: str | None = None, weights: str | None = None) -> Encoder:
     """The encoder stored at `path`: a run folder (its newest checkpoint), a step_* folder, or an export.
 
-    `modality` is needed only if the model has several. Raises ValueError if nothing known is there.
+    `modality` is needed only if the model has several. `weights`: student or teacher; the student's where
+    nothing is said, or what the export holds. Raises ValueError if nothing known is there.
     """
     path = Path(path)
     if not path.exists():
@@ -84,14 +85,14 @@ def load(path: str | Path, modality: str | None = None, weights: str = "student"
             f"{path} does not exist; give a run folder such as checkpoints/image_base, or an export"
         )
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
-        recipe, tensors, files = read_export(path)
+        recipe, tensors, files = read_export(path, weights)
     else:
         checkpoint = find_checkpoint(path)
         recipe = Recipe(**checkpoint.loop["recipe"])
-        tensors, files = collect_weights(checkpoint, weights), checkpoint.folder.parent
+        tensors, files = collect_weights(checkpoint, weights or "student"), checkpoint.folder.parent
     name = choose_modality(recipe, modality, path)
     model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat, has_teacher=False)
-    model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("teacher.")}, strict=True)
+    model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(TEACHER)}, strict=True)
     config = recipe.modalities[name]
     found = tokenizers(files)
     if found and hasattr(config.data, "tokenizer"):
@@ -99,14 +100,21 @@ def load(path: str | Path, modality: str | None = None, weights: str = "student"
     return Encoder(model.eval(), name, samples_class(name)(config, files), recipe)
 
 
-def read_export(path: Path) -> tuple[Recipe, dict[str, Tensor], Path]:
+def read_export(path: Path, weights: str | None) -> tuple[Recipe, dict[str, Tensor], Path]:
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if config.get("format") != FORMAT:
         raise ValueError(
             f"{path}/config.json has format {config.get('format')!r}, must be {FORMAT!r}: "
             "it was not written by `d2v export`"
         )
-    return Recipe(**config["recipe"]), load_file(path / "model.safetensors"), path
+    held, tensors = config["weights"], load_file(path / "model.safetensors")
+    if held != "both" and weights not in (None, held):
+        raise ValueError(
+            f"{path} holds the {held}'s weights, not the {weights}'s; export the run with --weights {weights} or both"
+        )
+    if held == "both" and weights == "teacher":
+        tensors |= {k.removeprefix(TEACHER): v for k, v in tensors.items() if k.startswith(TEACHER)}
+    return Recipe(**config["recipe"]), tensors, path
 
 
 def choose_modality(recipe: Recipe, modality: str | None, path: Path) -> str:

@@ -21,7 +21,9 @@ def multimodal_tiny() -> Recipe:
     for config, batch in ((modalities["image"], 4), (modalities["audio"], 2), (modalities["text"], 2)):
         config.data.batch, config.data.micro_batches = batch, 12
     modalities["image"].data.shards = "multimodal-train-*.tar"
-    modalities["text"].loss.weight = 0.1  # its loss is sqrt(D) times the others' and would own the clipped gradient
+    modalities[
+        "text"
+    ].loss.weight = 0.1  # its loss is sqrt(D) times the others' and would own the clipped gradient
     return Recipe(
         name="multimodal_tiny",
         body=Body(dim=96, depth=4, heads=4),

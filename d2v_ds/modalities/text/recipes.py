@@ -37,7 +37,7 @@ def tiny_prose() -> TextConfig:
         mask=Mask(kind="random", ratio=0.48),
         target=Target(top_k=4, per_layer="instance"),
         loss=Loss(scale=1.0),
-        decoder=DecoderConfig(dim=64, kernel=5, layers=3, groups=1, residual=False, projection_layers=2),
+        decoder=DecoderConfig(dim=96, kernel=9, layers=3, groups=1, residual=False, projection_layers=2),
         teacher="blocks",
         data=TextData(shards="text-train-*.tar", batch=16, micro_batches=1),
     )
