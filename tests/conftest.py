@@ -25,11 +25,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(slow)
 
 
-def run_ranks(script: Path, *arguments: object, ranks: int = 2, timeout: float = 600) -> subprocess.CompletedProcess:
+def run_ranks(
+    script: Path, *arguments: object, ranks: int = 2, timeout: float = 600
+) -> subprocess.CompletedProcess:
     """Runs a script on real ranks under torchrun; the output is shown when it fails."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(script),
-               *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        str(script),
+        *map(str, arguments),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout, cwd=ROOT)
     assert done.returncode == 0, f"{script.name} failed\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done

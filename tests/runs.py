@@ -1,4 +1,4 @@
-"""Runs that several test files look at, and how they are started: real processes, CPU ranks, tiny settings."""
+"""Runs that several test files look at, and how they are started: real processes, tiny settings."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def build_two_rank_run(base: Path) -> Path:
 
 
 def interrupted(run: Path, out: Path) -> Path:
-    """What a crash while saving the last step leaves: the checkpoint before, and later rows that are wrong."""
+    """What a crash while saving the last step leaves: the checkpoint before, and later rows, wrong ones."""
     shutil.copytree(run, out, ignore=shutil.ignore_patterns(f"step_{STEPS:08d}", "losses.png"))
     (out / "latest").write_text(f"step_{HALF:08d}", encoding="utf-8")
     (out / f".tmp-step_{STEPS:08d}").mkdir()

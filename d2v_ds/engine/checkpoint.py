@@ -308,8 +308,8 @@ def load(engine: Any, ema: TeacherEMA, checkpoint: Checkpoint, applied_steps: in
                 state.update({moment: torch.zeros_like(f.flat) for moment in MOMENTS})
             for moment in MOMENTS:
                 f.of(state[moment]).copy_(checkpoint.read(moment, f.name, f.start, f.numel))
-    for f, value in ema.values():
-        value.copy_(checkpoint.read("ema", f.name, f.start, f.numel))
+    for name, start, value in ema.to_restore():
+        value.copy_(checkpoint.read("ema", name, start, value.numel()))
     for name, start, value in frozen_stretches(engine):
         value.copy_(checkpoint.read("frozen", name, start, value.numel()))
     publish_weights(engine)

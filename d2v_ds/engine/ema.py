@@ -41,6 +41,7 @@ class TeacherEMA:
         self.engine = engine
         self.stage = engine.zero_optimization_stage()
         self.teachers: dict[str, nn.Parameter] = {n: t for n, _, t in engine.module.followed()}
+        self.trained = [n for n, student, _ in engine.module.followed() if student.requires_grad]
         self.fragments: list[Fragment] = [f for f in fragments(engine) if f.name in self.teachers]
         if self.stage == 3:
             optimizer = (
@@ -92,6 +93,13 @@ class TeacherEMA:
             start = 0 if self.stage == 3 else f.start  # a shard begins where the student's does
             values.append((f, teacher.narrow(0, start, f.numel)))
         return values
+
+    def to_restore(self) -> list[tuple[str, int, Tensor]]:
+        """(name, start, fp32 view) of all that a checkpoint must fill on this rank: what `values` gives, but whole
+        teachers where each rank has them in fp32."""
+        if self.is_teacher_fp32 and self.stage < 3:
+            return [(n, 0, self.teachers[n].data.view(-1)) for n in self.trained]
+        return [(f.name, f.start, value) for f, value in self.values()]
 
     def storage(self, parameter: nn.Parameter) -> Tensor:
         return (parameter.ds_tensor if self.stage == 3 else parameter).data

@@ -166,7 +166,12 @@ def record_faults(run: Run, micro_batches: list[MicroBatch]) -> None:
     faults = [fault for micro in micro_batches for fault in micro.faults]
     if faults or run.faults.counts:
         seen = (run.step * sum(s.batch * s.micro_batches for s in run.sources)) // run.world
-        run.faults.add(faults, seen)
+        try:
+            run.faults.add(faults, seen)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{error} (train.max_bad_share={run.recipe.train.max_bad_share} says how many)"
+            ) from error
 
 
 def complain(run: Run, skipped: int) -> None:

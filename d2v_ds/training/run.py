@@ -85,7 +85,10 @@ def train(
     `settings` are recipe keys with `.` written as `__`: train__steps=100, optim__lr=1e-3. Alone it is one
     rank; under a launcher every rank calls it.
     """
-    assignments = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in settings.items()]
+    assignments = [
+        f"{key.replace('__', '.')}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in settings.items()
+    ]
     assignments += [f"{key}={value}" for key, value in (("data", data), ("out", out)) if value is not None]
     if isinstance(recipe, Recipe):
         from d2v_ds.recipe import override
@@ -116,6 +119,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
 def train_recipe(recipe: Recipe, deepspeed: str | None) -> Path:
     rank, world = prepare_environment()
+    if recipe.folder.exists() and not recipe.folder.is_dir():
+        raise ValueError(f"out={recipe.folder} is a file, must be a folder for the run; set another out=")
     config_path = find_config(deepspeed)
     ds_config = resolve_config(
         read_config(config_path),

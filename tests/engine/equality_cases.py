@@ -54,10 +54,22 @@ def schedule(step: int) -> tuple[str, ...]:
 def case_recipe(case: Case) -> Recipe:
     """multimodal_tiny, fp32 by default, all dropouts 0, layer drop on, Adam eps 1e-4 (key biases have gradients
     that are rounding only)."""
-    recipe = load_recipe("multimodal_tiny", [
-        f"train.steps={STEPS}", "optim.eps=1e-4", "optim.warmup_steps=1", "optim.lr=1e-2", "body.layerdrop=0.3",
-        "ema.start=0.9", "ema.end=0.99", "optim.clip=4.0", f"precision={case.precision}", f"data={SAMPLE}",
-        "train.workers=0"])
+    recipe = load_recipe(
+        "multimodal_tiny",
+        [
+            f"train.steps={STEPS}",
+            "optim.eps=1e-4",
+            "optim.warmup_steps=1",
+            "optim.lr=1e-2",
+            "body.layerdrop=0.3",
+            "ema.start=0.9",
+            "ema.end=0.99",
+            "optim.clip=4.0",
+            f"precision={case.precision}",
+            f"data={SAMPLE}",
+            "train.workers=0",
+        ],
+    )
     for config in recipe.modalities.values():
         config.data.batch, config.data.micro_batches = 2, 4
     return recipe
@@ -68,8 +80,9 @@ def plain_loop(recipe: Recipe) -> dict[str, torch.Tensor]:
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.body, recipe.modalities).train()
     optim = recipe.optim
-    optimizer = torch.optim.AdamW(parameter_groups(model, optim.weight_decay, False), lr=optim.lr, betas=optim.betas,
-                                  eps=optim.eps)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, optim.weight_decay, False), lr=optim.lr, betas=optim.betas, eps=optim.eps
+    )
     sources = {n: open_source(n, c, recipe.data) for n, c in recipe.modalities.items()}
     plan = Plan(recipe.seed, [s.stream for s in sources.values()])
     losses = []
@@ -83,7 +96,9 @@ def plain_loop(recipe: Recipe) -> dict[str, torch.Tensor]:
             outputs = []
             for index in range(source.micro_batches):
                 draws = plan.draws(step, name, index)
-                batch = source.samples.collate([source.samples.read(source.corpus, d.unit) for d in draws], draws)
+                batch = source.samples.collate(
+                    [source.samples.read(source.corpus, d.unit) for d in draws], draws
+                )
                 batch.layerdrop_seed = seed_of(recipe.seed, "layerdrop", step, name)
                 torch.manual_seed(seed_of(recipe.seed, "forward", step, name, index))
                 outputs.append(model(batch))

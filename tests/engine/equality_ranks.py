@@ -74,9 +74,16 @@ def run_case(name: str, out: Path, device: torch.device) -> None:
     recipe = case_recipe(case)
     config = read_config(find_config(case.preset))
     config["zero_optimization"].update(case.zero)
-    ds_config = resolve_config(config, clip=recipe.optim.clip, lr=recipe.optim.lr, betas=recipe.optim.betas,
-                               eps=recipe.optim.eps, weight_decay=recipe.optim.weight_decay,
-                               precision=recipe.precision, dim=recipe.body.dim)
+    ds_config = resolve_config(
+        config,
+        clip=recipe.optim.clip,
+        lr=recipe.optim.lr,
+        betas=recipe.optim.betas,
+        eps=recipe.optim.eps,
+        weight_decay=recipe.optim.weight_decay,
+        precision=recipe.precision,
+        dim=recipe.body.dim,
+    )
     recipe.out = str(out / f"run-{name}")
     rank, world = dist.get_rank(), dist.get_world_size()
     run = build_run(recipe, ds_config, open_sources(recipe, rank), None, device, rank, world)
@@ -89,8 +96,9 @@ def run_case(name: str, out: Path, device: torch.device) -> None:
         with CountCollectives() as count:
             update(tau)
         collectives.extend(count.calls)
-        formula_errors.append(max((tau * old + (1 - tau) * master - new).abs().max().item()
-                                  for master, old, new in before))
+        formula_errors.append(
+            max((tau * old + (1 - tau) * master - new).abs().max().item() for master, old, new in before)
+        )
 
     run.ema.update = counted_update
     for step, micro_batches in enumerate(run.loader):

@@ -54,7 +54,9 @@ def leaves(config: Any) -> list[Any]:
 
 
 def test_there_is_a_preset_for_each_stage_and_for_offload():
-    assert {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_autocast"} <= set(NAMES)
+    assert {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_autocast"} <= set(
+        NAMES
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -106,14 +108,25 @@ def test_without_a_name_it_is_zero3(name):
     assert find_config(name) == PRESETS / "zero3.json"
 
 
-@pytest.mark.parametrize(("hardware", "asked", "chosen"), [
-    ("bf16", "auto", "bf16"), ("fp32", "auto", "fp32"), ("bf16", "fp32", "fp32"), ("fp32", "bf16", "bf16"),
-    ("bf16", "fp16", "fp16")])
+@pytest.mark.parametrize(
+    ("hardware", "asked", "chosen"),
+    [
+        ("bf16", "auto", "bf16"),
+        ("fp32", "auto", "fp32"),
+        ("bf16", "fp32", "fp32"),
+        ("fp32", "bf16", "bf16"),
+        ("bf16", "fp16", "fp16"),
+    ],
+)
 @pytest.mark.parametrize("name", ["zero0", "zero2", "zero3"])
-def test_an_auto_is_decided_by_the_recipe_then_by_the_hardware(name, hardware, asked, chosen, path, monkeypatch):
+def test_an_auto_is_decided_by_the_recipe_then_by_the_hardware(
+    name, hardware, asked, chosen, path, monkeypatch
+):
     monkeypatch.setattr(ds_config, "hardware_precision", lambda: hardware)
     config = resolve(path, preset(name), asked)
-    assert [key for key in ("bf16", "fp16") if config[key]["enabled"]] == ([] if chosen == "fp32" else [chosen])
+    assert [key for key in ("bf16", "fp16") if config[key]["enabled"]] == (
+        [] if chosen == "fp32" else [chosen]
+    )
 
 
 def test_fp16_is_given_where_the_config_leaves_it_open(path):
@@ -140,12 +153,18 @@ def test_the_config_given_is_not_changed(path):
 
 def test_an_optimizer_section_of_autos_is_accepted(path):
     """As transformers' documentation has it; our optimizer comes from the recipe, so none is left."""
-    section = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
+    section = {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    }
     assert "optimizer" not in resolve(path, preset(optimizer=section))
 
 
 def test_an_optimizer_section_that_says_the_same_is_accepted(path):
-    section = {"type": "adamw", "params": {"lr": 2e-3, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.01}}
+    section = {
+        "type": "adamw",
+        "params": {"lr": 2e-3, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.01},
+    }
     assert "optimizer" not in resolve(path, preset(optimizer=section))
 
 
@@ -156,41 +175,72 @@ def test_the_recipes_clip_may_stand_there_too(path):
 # ---- mistakes ----
 
 
-@pytest.mark.parametrize(("config", "parts"), [
-    (preset(zero_optimisation={}), ("unknown key 'zero_optimisation'", "did you mean 'zero_optimization'?")),
-    (preset(gradient_cliping=1.0), ("unknown key 'gradient_cliping'", "did you mean 'gradient_clipping'?")),
-    (with_zero(overlap_com=True), ("unknown key 'zero_optimization.overlap_com'", "did you mean 'overlap_comm'?")),
-    (preset(amp={"enabled": True}), ("'amp' was removed", "set bf16 or fp16")),
-    (preset(elasticity={}), ("'elasticity' was removed", "any number of ranks")),
-    (preset(curriculum_learning={}), ("'curriculum_learning' was removed", "delete it")),
-    (preset(tensorboard={"enabled": True}), ("'tensorboard' has no effect", "delete it")),
-    (preset(checkpoint={}), ("'checkpoint' has no effect", "delete it")),
-    (with_zero(zero_quantized_nontrainable_weights=True), ("zero_quantized_nontrainable_weights=True", "delete it")),
-    (with_zero(zero_quantized_weights=True), ("zero_quantized_weights=True", "delete it")),
-    (with_zero(offload_param={"device": "nvme"}), ("offload_param.device=nvme", "use cpu")),
-    (with_zero(stage=4), ("stage=4 must be 0, 1, 2 or 3",)),
-    (with_zero(stage="3"), ("stage='3' must be 0, 1, 2 or 3",)),
-    (preset(zero_optimization=3), ("zero_optimization=3 must be an object",)),
-    (preset(gradient_clipping=1.0), ("gradient_clipping=1.0 contradicts optim.clip=4.0", 'write "auto"')),
-    (preset(optimizer={"type": "AdamW", "params": {"lr": 1e-4}}),
-     ("optimizer.params.lr=0.0001 contradicts optim.lr=0.002", 'write "auto"')),
-    (preset(optimizer={"type": "AdamW", "params": {"betas": [0.9, 0.95]}}),
-     ("optimizer.params.betas=(0.9, 0.95) contradicts optim.betas=(0.9, 0.98)",)),
-    (preset(optimizer={"type": "Lion"}), ("optimizer.type=Lion contradicts", "delete the section")),
-    (preset(scheduler={"type": "WarmupLR", "params": {}}), ("schedule belongs to the recipe", "delete 'scheduler'")),
-    (preset(train_batch_size=16), ("train_batch_size belongs to the recipe", 'write "auto"')),
-    (preset(train_micro_batch_size_per_gpu=4), ("train_micro_batch_size_per_gpu belongs to the recipe",)),
-    (preset(gradient_accumulation_steps=2), ("gradient_accumulation_steps belongs to the recipe",)),
-    (preset(bf16={"enabled": True}, fp16={"enabled": True}), ("bf16 and fp16 are both enabled", "choose one")),
-    (preset(torch_autocast={"enabled": True}, bf16={"enabled": True}), ("torch_autocast keeps weights in fp32",)),
-    (preset(steps_per_print="auto"), ('steps_per_print="auto" is not known', "write a value")),
-    (with_zero(sub_group_size="auto"), ('zero_optimization.sub_group_size="auto" is not known', "write a value")),
-    (preset(flops_profiler={"enabled": "auto"}), ('flops_profiler.enabled="auto" is not known',)),
-    ("{bad", ("is no valid JSON", "line 1 column 2")),
-    ("", ("is no valid JSON",)),
-    ("[1, 2]", ("holds list, must be a JSON object",)),
-    ('"zero3"', ("holds str, must be a JSON object",)),
-])
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        (
+            preset(zero_optimisation={}),
+            ("unknown key 'zero_optimisation'", "did you mean 'zero_optimization'?"),
+        ),
+        (
+            preset(gradient_cliping=1.0),
+            ("unknown key 'gradient_cliping'", "did you mean 'gradient_clipping'?"),
+        ),
+        (
+            with_zero(overlap_com=True),
+            ("unknown key 'zero_optimization.overlap_com'", "did you mean 'overlap_comm'?"),
+        ),
+        (preset(amp={"enabled": True}), ("'amp' was removed", "set bf16 or fp16")),
+        (preset(elasticity={}), ("'elasticity' was removed", "any number of ranks")),
+        (preset(curriculum_learning={}), ("'curriculum_learning' was removed", "delete it")),
+        (preset(tensorboard={"enabled": True}), ("'tensorboard' has no effect", "delete it")),
+        (preset(checkpoint={}), ("'checkpoint' has no effect", "delete it")),
+        (
+            with_zero(zero_quantized_nontrainable_weights=True),
+            ("zero_quantized_nontrainable_weights=True", "delete it"),
+        ),
+        (with_zero(zero_quantized_weights=True), ("zero_quantized_weights=True", "delete it")),
+        (with_zero(offload_param={"device": "nvme"}), ("offload_param.device=nvme", "use cpu")),
+        (with_zero(stage=4), ("stage=4 must be 0, 1, 2 or 3",)),
+        (with_zero(stage="3"), ("stage='3' must be 0, 1, 2 or 3",)),
+        (preset(zero_optimization=3), ("zero_optimization=3 must be an object",)),
+        (preset(gradient_clipping=1.0), ("gradient_clipping=1.0 contradicts optim.clip=4.0", 'write "auto"')),
+        (
+            preset(optimizer={"type": "AdamW", "params": {"lr": 1e-4}}),
+            ("optimizer.params.lr=0.0001 contradicts optim.lr=0.002", 'write "auto"'),
+        ),
+        (
+            preset(optimizer={"type": "AdamW", "params": {"betas": [0.9, 0.95]}}),
+            ("optimizer.params.betas=(0.9, 0.95) contradicts optim.betas=(0.9, 0.98)",),
+        ),
+        (preset(optimizer={"type": "Lion"}), ("optimizer.type=Lion contradicts", "delete the section")),
+        (
+            preset(scheduler={"type": "WarmupLR", "params": {}}),
+            ("schedule belongs to the recipe", "delete 'scheduler'"),
+        ),
+        (preset(train_batch_size=16), ("train_batch_size belongs to the recipe", 'write "auto"')),
+        (preset(train_micro_batch_size_per_gpu=4), ("train_micro_batch_size_per_gpu belongs to the recipe",)),
+        (preset(gradient_accumulation_steps=2), ("gradient_accumulation_steps belongs to the recipe",)),
+        (
+            preset(bf16={"enabled": True}, fp16={"enabled": True}),
+            ("bf16 and fp16 are both enabled", "choose one"),
+        ),
+        (
+            preset(torch_autocast={"enabled": True}, bf16={"enabled": True}),
+            ("torch_autocast keeps weights in fp32",),
+        ),
+        (preset(steps_per_print="auto"), ('steps_per_print="auto" is not known', "write a value")),
+        (
+            with_zero(sub_group_size="auto"),
+            ('zero_optimization.sub_group_size="auto" is not known', "write a value"),
+        ),
+        (preset(flops_profiler={"enabled": "auto"}), ('flops_profiler.enabled="auto" is not known',)),
+        ("{bad", ("is no valid JSON", "line 1 column 2")),
+        ("", ("is no valid JSON",)),
+        ("[1, 2]", ("holds list, must be a JSON object",)),
+        ('"zero3"', ("holds str, must be a JSON object",)),
+    ],
+)
 def test_a_mistake_is_told_with_its_value_and_what_to_do(config, parts, path):
     text = message(path, config)
     assert all(part in text for part in parts), text
@@ -204,9 +254,16 @@ def test_a_section_that_is_no_object_is_told(key, value, path):
     assert key in text and "object" in text
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("bf16", {"enabledd": True}), ("fp16", {"enabled": False, "foo": 1}), ("torch_autocast", {"enable": True}),
-    ("optimizer", {"typ": "AdamW"}), ("optimizer", {"type": "AdamW", "params": {"lrr": 1}})])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bf16", {"enabledd": True}),
+        ("fp16", {"enabled": False, "foo": 1}),
+        ("torch_autocast", {"enable": True}),
+        ("optimizer", {"typ": "AdamW"}),
+        ("optimizer", {"type": "AdamW", "params": {"lrr": 1}}),
+    ],
+)
 def test_an_unknown_key_inside_a_section_is_told(key, value, path):
     text = message(path, preset(**{key: value}))
     assert f"unknown key '{key}." in text
@@ -231,9 +288,15 @@ def test_autocast_against_low_precision_is_a_contradiction(precision, path):
     assert f"precision={precision} contradicts it" in message(path, preset("zero3_autocast"), precision)
 
 
-@pytest.mark.parametrize(("name", "hint"), [
-    ("zero33", "did you mean 'zero3'?"), ("ds_configs/zero3_ofload.json", "did you mean 'zero3_offload'?"),
-    ("nothing/like/it.json", "known: zero0, zero1"), ("ds_configs", "known: zero0, zero1")])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("zero33", "did you mean 'zero3'?"),
+        ("ds_configs/zero3_ofload.json", "did you mean 'zero3_offload'?"),
+        ("nothing/like/it.json", "known: zero0, zero1"),
+        ("ds_configs", "known: zero0, zero1"),
+    ],
+)
 def test_an_absent_config_names_the_nearest_preset(name, hint):
     with pytest.raises(ValueError) as caught:
         find_config(name)

@@ -40,7 +40,9 @@ def test_two_ranks_equal_a_plain_loop(name, results, reference):
     assert set(reference) <= set(ours)
     worst = {key: relative(ours[key], value) for key, value in reference.items() if value.norm() > 0}
     bad = {key: value for key, value in worst.items() if not value < 1e-5}
-    assert not bad, f"{len(bad)} of {len(worst)} tensors differ, the worst: {sorted(bad.items(), key=lambda i: -i[1])[:5]}"
+    assert not bad, (
+        f"{len(bad)} of {len(worst)} tensors differ, the worst: {sorted(bad.items(), key=lambda i: -i[1])[:5]}"
+    )
 
 
 @pytest.mark.parametrize("name", list(CASES))
