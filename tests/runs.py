@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SAMPLE
+from ranks import ROOT, SAMPLE
 
 from d2v_ds.engine.ds_config import PRESETS
 from d2v_ds.engine.launch import free_port

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from ranks import ROOT
 
 # A room may import those of a lower level and itself. recipe.py and modalities/ share one: recipes are written
 # beside their modality, and a Recipe is made of the modalities' configs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,8 @@ def pad_stack(rows: list[Tensor], value: float) -> tuple[Tensor, Tensor | None]:
     lengths = torch.tensor([len(row) for row in rows])
     padding = torch.arange(longest)[None] >= lengths[:, None]
     return stacked, padding if bool(padding.any()) else None
+
+
+def reason(error: Exception) -> str:
+    """An error's message without the address of the buffer that was read, so that equal faults read alike."""
+    return re.sub(r"\s*<_io[^>]*>:?", "", str(error))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+from pydantic import Field
 
 from d2v_ds.config import Config
 
@@ -18,7 +19,7 @@ class Mask(Config):
 
     kind: Literal["inverse_block", "block", "random"] = "block"
     """inverse_block keeps square blocks of a grid (images); block hides spans (audio); random is per token."""
-    ratio: float = 0.5
+    ratio: float = Field(0.5, gt=0, lt=1)
     """Share of the tokens that is masked."""
     adjust: float = 0.0
     """Added to the drawn share, since blocks overlap; the final count is exact all the same."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLE
 from PIL import Image
+from ranks import SAMPLE
 from runs import HALF, MODALITIES, STEPS, python, start, two_rank_run
 from safetensors import safe_open
 from safetensors.torch import load_file

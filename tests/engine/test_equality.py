@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_ranks
+from ranks import run_ranks
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))

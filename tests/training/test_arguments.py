@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from ranks import ROOT
 
 from d2v_ds import cli
 from d2v_ds.training import run

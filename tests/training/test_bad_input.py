@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from conftest import SAMPLE
+from ranks import SAMPLE
 from runs import MODALITIES, STEPS, TINY, Command, python, read_rows, start, start_all
 
 from d2v_ds.data import Plan, StepLoader

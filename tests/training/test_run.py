@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from ranks import ROOT
 from runs import (
     HALF,
     MODALITIES,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_ds.data import Corpus, Draw
-from d2v_ds.modalities.source import StreamConfig, draw_masks, generator, pad_stack
+from d2v_ds.modalities.source import StreamConfig, draw_masks, generator, pad_stack, reason
 from d2v_ds.model.batch import Batch, make_views
 
 RATE = 16_000
@@ -106,7 +106,7 @@ def sound_size(data: bytes) -> tuple[int, int]:
     try:
         info = soundfile.info(io.BytesIO(data))
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"undecodable sound: {error}") from error
+        raise ValueError(f"undecodable sound: {reason(error)}") from error
     if info.frames > MAX_SECONDS * info.samplerate:
         raise ValueError(
             f"sound of {info.frames / info.samplerate:.0f} s by its header is above the limit of "
@@ -121,7 +121,7 @@ def decode_sound(data: bytes) -> Tensor:
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"undecodable sound: {error}") from error
+        raise ValueError(f"undecodable sound: {reason(error)}") from error
     waveform = torch.from_numpy(samples.mean(axis=1))
     if not bool(torch.isfinite(waveform).all()):
         raise ValueError("sound with samples that are not finite")

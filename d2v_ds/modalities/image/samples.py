@@ -12,7 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from d2v_ds.data import Corpus, Draw
-from d2v_ds.modalities.source import StreamConfig, draw_masks, generator
+from d2v_ds.modalities.source import StreamConfig, draw_masks, generator, reason
 from d2v_ds.model.batch import Batch, make_views
 
 MAX_PIXELS = 100_000_000  # a bomb is refused by its header, before it is decoded
@@ -101,7 +101,7 @@ def decode_image(data: bytes) -> Image.Image:
             )
         return to_rgb(image)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"undecodable image: {error}") from error
+        raise ValueError(f"undecodable image: {reason(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

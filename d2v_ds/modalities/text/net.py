@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from d2v_ds.modalities.text.samples import PAD, TextData
@@ -19,7 +20,7 @@ class TextConfig(ModalityConfig):
     kind: Literal["text"] = "text"
     vocabulary: int = 50265
     """Ids 0..3 are <s>, <pad>, </s>, <unk>."""
-    max_tokens: int = 512
+    max_tokens: int = Field(512, ge=2)
     """Longest sequence, with <s>."""
     embed_dropout: float = 0.1
     embed_norm: bool = True
