@@ -104,7 +104,7 @@ def plain_loop(recipe: Recipe) -> dict[str, torch.Tensor]:
                 outputs.append(model(batch))
             size = sum(o.sample_size for o in outputs)
             loss = sum(o.loss for o in outputs) / size
-            loss.backward()
+            (loss * recipe.modalities[name].loss.weight).backward()
             sums[name] = loss.item()
         for parameter in model.parameters():  # absent gradients count as zero
             if parameter.requires_grad and parameter.grad is None:
