@@ -122,7 +122,7 @@ class Case:
             yield compare(
                 "enc_alibi_bias", self.recorded_bias(encoder.context, batch), get("enc_alibi_bias"), **TIGHT
             )
-        hidden = model.see_visible(batch, local)
+        hidden = model.see_views(batch, local)
         yield compare("enc_out", hidden, get("enc_out"), **TIGHT)
         decoder = model.decoders[self.modality]
         kept = hidden[:, self.config.extra_tokens :]
@@ -178,7 +178,7 @@ class Case:
             ours = regression(out.pred_NJD, out.target_NJD, self.config.loss).flatten(0, 1)
             yield compare(f"loss.{name}", ours, self.tensors[f"{prefix}loss.{name}"], rtol=1e-3, atol=1e-3)
         if f"{prefix}loss.cls" in self.tensors:
-            hidden = model.see_visible(batch, model.encoders[self.modality].local(batch.source))
+            hidden = model.see_views(batch, model.encoders[self.modality].local(batch.source))
             ours = (
                 regression(
                     hidden[:, self.config.extra_tokens - 1],

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from d2v_ds.convert.names import Names
 from d2v_ds.modalities import config_class
 from d2v_ds.model.decoder import DecoderConfig
 from d2v_ds.model.encoder import Alibi, ModalityConfig
@@ -15,43 +16,53 @@ from d2v_ds.model.loss import Loss
 from d2v_ds.model.masking import Mask
 from d2v_ds.model.targets import Target
 
-# (pattern, replacement); the first that matches wins. {m} stands for the modality in lower case.
-RULES = [
-    (r"blocks\.(.*)", r"blocks.\1"),
-    (r"modality_encoders\.(?P<m>\w+)\.context_encoder\.(.*)", r"encoders.{m}.context.\2"),
-    (r"modality_encoders\.(?P<m>\w+)\.(extra_tokens|alibi_scale)", r"encoders.{m}.context.\2"),
-    (r"modality_encoders\.(?P<m>\w+)\.decoder\.blocks\.(\d+)\.0\.(.*)", r"decoders.{m}.blocks.\2.conv.\3"),
-    (r"modality_encoders\.(?P<m>\w+)\.decoder\.proj\.(.*)", r"decoders.{m}.proj.\2"),
-    (r"modality_encoders\.(?P<m>IMAGE)\.local_encoder\.proj\.(.*)", r"encoders.{m}.local.proj.\2"),
-    (
-        r"modality_encoders\.(?P<m>AUDIO)\.local_encoder\.conv_layers\.(\d+)\.0\.(.*)",
-        r"encoders.{m}.local.convs.\2.\3",
-    ),
-    (
-        r"modality_encoders\.(?P<m>AUDIO)\.local_encoder\.conv_layers\.(\d+)\.2\.1\.(.*)",
-        r"encoders.{m}.local.norms.\2.\3",
-    ),
-    (r"modality_encoders\.(?P<m>AUDIO)\.project_features\.1\.(.*)", r"encoders.{m}.local.norm.\2"),
-    (r"modality_encoders\.(?P<m>AUDIO)\.project_features\.2\.(.*)", r"encoders.{m}.local.proj.\2"),
-    (
-        r"modality_encoders\.(?P<m>AUDIO)\.relative_positional_encoder\.0\.(weight|bias)",
-        r"encoders.{m}.context.conv_positions.pre_norm.\2",
-    ),
-    (
-        r"modality_encoders\.(?P<m>AUDIO)\.relative_positional_encoder\.(?:1\.)?(?P<n>\d+)\.0\.(.*)",
-        r"encoders.{m}.context.conv_positions.convs.{n}.conv.\3",
-    ),
-    (r"modality_encoders\.(?P<m>TEXT)\.local_encoder\.embed_tokens\.(.*)", r"encoders.{m}.local.tokens.\2"),
-    (
-        r"modality_encoders\.(?P<m>TEXT)\.local_encoder\.embed_positions\.(.*)",
-        r"encoders.{m}.local.positions.\2",
-    ),
-    (
-        r"modality_encoders\.(?P<m>TEXT)\.local_encoder\.layernorm_embedding\.(.*)",
-        r"encoders.{m}.local.norm.\2",
-    ),
+# one set of pairs a modality; MOD stands for its name in upper case, mod for ours
+SHARED = [
+    ("modality_encoders.MOD.extra_tokens", "encoders.mod.context.extra_tokens"),
+    ("modality_encoders.MOD.alibi_scale", "encoders.mod.context.alibi_scale"),
+    ("modality_encoders.MOD.decoder.blocks.{i}.0.{w}", "decoders.mod.blocks.{i}.conv.{w}"),
+    ("modality_encoders.MOD.decoder.proj.{rest}", "decoders.mod.proj.{rest}"),
 ]
-RECOMPUTED = re.compile(r"(_ema\.)?modality_encoders\.\w+\.fixed_positional_encoder\.positions")
+POSITIONS = "encoders.audio.context.conv_positions"
+OWN_PAIRS = {
+    "image": [("modality_encoders.MOD.local_encoder.proj.{w}", "encoders.mod.local.proj.{w}")],
+    "audio": [
+        (
+            "modality_encoders.MOD.local_encoder.conv_layers.{i}.0.weight",
+            "encoders.mod.local.convs.{i}.weight",
+        ),
+        ("modality_encoders.MOD.local_encoder.conv_layers.{i}.2.1.{w}", "encoders.mod.local.norms.{i}.{w}"),
+        ("modality_encoders.MOD.project_features.1.{w}", "encoders.mod.local.norm.{w}"),
+        ("modality_encoders.MOD.project_features.2.{w}", "encoders.mod.local.proj.{w}"),
+        # the first and last layer of their stack are transposes, so its convolutions count from 1
+        (
+            "modality_encoders.MOD.relative_positional_encoder.{n}.0.{w}",
+            f"{POSITIONS}.convs.{{n}}.conv.{{w}}",
+        ),
+        ("modality_encoders.MOD.relative_positional_encoder.0.{w}", f"{POSITIONS}.pre_norm.{{w}}"),
+        (
+            "modality_encoders.MOD.relative_positional_encoder.1.{n}.0.{w}",
+            f"{POSITIONS}.convs.{{n}}.conv.{{w}}",
+        ),
+    ],
+    "text": [
+        ("modality_encoders.MOD.local_encoder.embed_tokens.weight", "encoders.mod.local.tokens.weight"),
+        ("modality_encoders.MOD.local_encoder.embed_positions.weight", "encoders.mod.local.positions.weight"),
+        ("modality_encoders.MOD.local_encoder.layernorm_embedding.{w}", "encoders.mod.local.norm.{w}"),
+    ],
+}
+CONTEXT = ("modality_encoders.MOD.context_encoder.{rest}", "encoders.mod.context.{rest}")
+NAMES = Names(
+    [
+        ("blocks.{rest}", "blocks.{rest}"),
+        *(
+            (theirs.replace("MOD", mod.upper()), ours.replace(".mod.", f".{mod}."))
+            for mod, own in OWN_PAIRS.items()
+            for theirs, ours in [*SHARED, *own, CONTEXT]  # CONTEXT last: its {rest} would take the others'
+        ),
+    ]
+)
+RECOMPUTED = re.compile(r"(_ema\.)?modality_encoders\.\w+\.(fixed_positional_encoder\.positions)")
 
 
 def our_name(name: str) -> str | None:
@@ -63,17 +74,13 @@ def our_name(name: str) -> str | None:
         return None
     if name.startswith("_ema."):
         rest = name.removeprefix("_ema.")
-        return f"teacher.{our_name(f'blocks.{rest}' if rest[0].isdigit() else rest)}"
-    for pattern, replacement in RULES:
-        match = re.fullmatch(pattern, name)
-        if match:
-            groups = match.groupdict()
-            return match.expand(replacement).format(
-                m=groups.get("m", "").lower(), n=int(groups.get("n") or 1) - 1
-            )
-    raise ValueError(
-        f"'{name}' is no tensor of a data2vec 2.0 model; is the file of another model or version?"
-    )
+        return f"teacher.{our_name(f'blocks.{rest}' if rest[:1].isdigit() else rest)}"
+    place = NAMES.ours(name)
+    if place is None:
+        raise ValueError(
+            f"'{name}' is no tensor of a data2vec 2.0 model; is the file of another model or version?"
+        )
+    return place.name
 
 
 def our_tensor(name: str, tensor: Tensor) -> Tensor:
@@ -93,7 +100,12 @@ def our_config(cfg: dict[str, Any]) -> tuple[Body, dict[str, ModalityConfig]]:
 
     Raises ValueError for settings that no released model uses and that we do not have.
     """
-    refuse_unknown(cfg)
+    refuse(cfg, norm_affine=True, shared_decoder=None, recon_loss=0, skip_ema=False)
+    if cfg["layer_norm_first"]:
+        raise ValueError(
+            "fairseq setting layer_norm_first=True is not supported: its pre-norm block loses the residual, so "
+            "its weights are of no use elsewhere"
+        )
     body = Body(
         dim=cfg["embed_dim"],
         depth=cfg["depth"],
@@ -114,15 +126,14 @@ def our_config(cfg: dict[str, Any]) -> tuple[Body, dict[str, ModalityConfig]]:
     return body, configs
 
 
-def refuse_unknown(cfg: dict[str, Any]) -> None:
-    rules = {
-        "layer_norm_first": "its pre-norm block loses the residual, so its weights are of no use elsewhere",
-        "shared_decoder": "no released model shares a decoder",
-        "recon_loss": "no released model reconstructs pixels",
-    }
-    for key, why in rules.items():
-        if cfg.get(key):
-            raise ValueError(f"fairseq setting {key}={cfg[key]} is not supported: {why}")
+def refuse(cfg: dict[str, Any], **only: Any) -> None:
+    """ValueError for a setting, if it is there, whose value is not the only one that we have."""
+    for key, value in only.items():
+        if key in cfg and cfg[key] != value:
+            raise ValueError(
+                f"fairseq setting {key}={cfg[key]!r} is not supported: no released data2vec model has another "
+                f"value than {value!r}"
+            )
 
 
 def modality_config(name: str, cfg: dict[str, Any], modality: dict[str, Any]) -> ModalityConfig:
@@ -185,7 +196,7 @@ def target_config(cfg: dict[str, Any]) -> Target:
         top_k=cfg["average_top_k_layers"],
         per_layer=per_layer[0] if per_layer else "none",
         final=tuple(norm for norm in ("layer", "instance") if cfg.get(f"{norm}_norm_targets")),
-        source="block" if cfg["end_of_block_targets"] else "ffn",
+        source="block" if cfg.get("end_of_block_targets") else "ffn",
     )
 
 

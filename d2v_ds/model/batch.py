@@ -14,7 +14,8 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """One micro-batch; every row of `mask_NT` has the same number of masked tokens."""
+    """One micro-batch. Where the student sees visible tokens only, every row of `mask_NT` has the same number of
+    masked tokens."""
 
     modality: str
     source: Tensor
@@ -29,6 +30,8 @@ class Batch:
     """Positions it predicts, ascending."""
     restore_NT: Tensor | None = None
     """Where each position lies in cat([kept, masked]): undoes the shuffle."""
+    counted_NJ: Tensor | None = None
+    """Bool, False = filler of a row with fewer masked tokens than another; None = all of `masked_NJ` count."""
     layerdrop_seed: int = 0
     """What layer drop is drawn from: equal on all ranks and micro-batches of a step."""
 
@@ -56,8 +59,24 @@ class Batch:
         return replace(self, **pinned)
 
 
+def make_masked(mask_NT: Tensor) -> dict[str, Tensor | None]:
+    """The list of masked positions for a student that sees all tokens (v1), as keyword arguments of `Batch`.
+
+    Rows may differ in their number of masked tokens: shorter ones are filled up with positions that do not count.
+    """
+    counts_N = mask_NT.sum(dim=1)
+    order_NT = mask_NT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    longest = int(counts_N.max())
+    counted_NJ = torch.arange(longest)[None] < counts_N[:, None]
+    return {
+        "mask_NT": mask_NT,
+        "masked_NJ": order_NT[:, :longest].contiguous(),
+        "counted_NJ": None if bool(counted_NJ.all()) else counted_NJ,
+    }
+
+
 def make_views(mask_NT: Tensor) -> dict[str, Tensor]:
-    """The index lists of a mask, as keyword arguments of `Batch`.
+    """The index lists of a mask for a student that sees visible tokens only, as keyword arguments of `Batch`.
 
     Raises ValueError if rows differ in their number of masked tokens.
     """

@@ -1,4 +1,7 @@
-"""data2vec 2.0 (arXiv:2212.07525): student and teacher in one module.
+"""data2vec 2.0 (arXiv:2212.07525) and 1.0 (arXiv:2202.03555): student and teacher in one module.
+
+Version 1.0 is the same method with `view="masked"`: the student sees all tokens, a learned embedding at the
+masked ones, and its decoder is a projection without convolutions.
 
 The student looks at M masked views, the teacher, an exponential moving average of the student, at the whole
 sample; the loss compares them at the masked positions. One module holds both, so an engine that partitions
@@ -11,6 +14,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -60,6 +65,7 @@ class Data2Vec(nn.Module):
         self.encoders = nn.ModuleDict(encoders)
         self.input_dropout = nn.Dropout(body.input_dropout)
         self.blocks = build_blocks(body, body.depth, body.drop_path)
+        self.norm = nn.LayerNorm(body.dim, eps=body.norm_eps) if body.norm_first else nn.Identity()
         self.decoders = nn.ModuleDict(decoders)
         for name, config in configs.items():
             if not 1 <= config.target.top_k <= body.depth:
@@ -80,8 +86,13 @@ class Data2Vec(nn.Module):
         for name, config in self.configs.items():
             if config.teacher == "full":
                 encoders[name] = copy.deepcopy(self.encoders[name])
-            elif config.teacher == "context":
+            elif config.teacher in ("context", "norm"):
                 encoders[name] = nn.ModuleDict({"context": copy.deepcopy(self.encoders[name].context)})
+            if name in encoders:
+                context = encoders[name]["context"] if config.teacher != "full" else encoders[name].context
+                context.mask_token = None  # a teacher sees no mask
+                if config.teacher == "norm":
+                    context.conv_positions = None
         self.teacher = nn.ModuleDict({"encoders": encoders, "blocks": copy.deepcopy(self.blocks)})
         self.teacher.requires_grad_(False)
         self.train(self.training)
@@ -97,9 +108,10 @@ class Data2Vec(nn.Module):
         config = self.configs[batch.modality]
         encoder = self.encoders[batch.modality]
 
-        local_BTD = encoder.local(batch.source)  # once a sample
+        # once a sample; where masks lie in the source itself (v1 text), student and teacher embed their own
+        local_BTD = encoder.local(batch.source) if encoder.mask_id is None else None
         targets_BTD = self.make_targets(batch, local_BTD)  # teacher: whole, no grad
-        hidden_NED = self.see_visible(batch, local_BTD)  # student: M masked views
+        hidden_NED = self.see_views(batch, local_BTD)  # student: M masked views
         pred_NJD = self.predict(batch, hidden_NED, noise_NJD)  # decoder: masked positions
 
         rows = torch.arange(batch.masked_NJ.shape[0], device=local_BTD.device)[:, None]
@@ -129,9 +141,11 @@ class Data2Vec(nn.Module):
         )
 
     @torch.no_grad()
-    def make_targets(self, batch: Batch, local_BTD: Tensor) -> Tensor:
+    def make_targets(self, batch: Batch, local_BTD: Tensor | None = None) -> Tensor:
         """The teacher's normalised mean of layers for whole samples; (B, T, D) fp32."""
         target = self.configs[batch.modality].target
+        if self.fairseq_compat and self.encoders[batch.modality].mask_id is not None:
+            batch = self.masked_alone(batch)
         outputs, ffns = self.teach(batch, local_BTD)
         layers = (ffns if target.source == "ffn" else outputs)[-target.top_k :]
         targets_BTD = make_targets(
@@ -144,46 +158,64 @@ class Data2Vec(nn.Module):
         return targets_BTD.roll(1, dims=0) if target.shuffle else targets_BTD
 
     @torch.no_grad()
-    def teach(self, batch: Batch, local_BTD: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def teach(self, batch: Batch, local_BTD: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """Every block's output and feed-forward output of the teacher; each (B, E + T, D)."""
         owned = self.teacher["encoders"]
-        encoder = owned[batch.modality] if batch.modality in owned else self.encoders[batch.modality]
-        if self.configs[batch.modality].teacher == "full":
+        student, scope = self.encoders[batch.modality], self.configs[batch.modality].teacher
+        encoder = owned[batch.modality] if batch.modality in owned else student
+        if scope == "full":
             local_BTD = encoder.local(batch.source)
+        elif local_BTD is None:
+            with asleep(student.local):
+                local_BTD = student.local(batch.source)
+        if scope == "norm":
+            local_BTD = student.context.add_conv_positions(local_BTD, batch.padding_BT)
         context = encoder["context"] if isinstance(encoder, nn.ModuleDict) else encoder.context
-        was_training = context.training
-        context.eval()
-        x, biases, padding = context(local_BTD.detach(), batch, False)
-        context.train(was_training)
+        with asleep(context):
+            x, biases, padding = context(local_BTD.detach(), batch, False)
         blocks = self.teacher["blocks"]
         _, outputs, ffns = run_blocks(blocks, x, biases, padding, [False] * len(blocks), len(context.blocks))
         return outputs, ffns
 
-    def see_visible(self, batch: Batch, local_BTD: Tensor) -> Tensor:
-        """The student's output on the visible tokens of every view; (N, E + K, D)."""
-        context = self.encoders[batch.modality].context
-        x, biases, padding = context(local_BTD, batch, True)
+    def masked_alone(self, batch: Batch) -> Batch:
+        """What the released v1 text code gives its teacher: masked tokens, and padding everywhere else
+        (a fault: the paper's teacher sees the whole text)."""
+        source = batch.source.masked_fill(~batch.mask_NT, self.encoders[batch.modality].pad_id)
+        return replace(batch, source=source, padding_BT=~batch.mask_NT)
+
+    def see_views(self, batch: Batch, local_BTD: Tensor | None) -> Tensor:
+        """The student's output for every view: on its visible tokens (N, E + K, D), or on all (N, E + T, D)."""
+        encoder = self.encoders[batch.modality]
+        if encoder.mask_id is not None:
+            source_NT = batch.source.repeat_interleave(batch.clones, dim=0)
+            local_BTD = encoder.local(source_NT.masked_fill(batch.mask_NT, encoder.mask_id))
+        x, biases, padding = encoder.context(local_BTD, batch, True)
         drops = draw_layerdrop(len(self.blocks), self.layerdrop * self.training, batch.layerdrop_seed, "body")
-        return run_blocks(self.blocks, self.input_dropout(x), biases, padding, drops, len(context.blocks))[0]
+        first_layer = len(encoder.context.blocks)
+        x, _, _ = run_blocks(self.blocks, self.input_dropout(x), biases, padding, drops, first_layer)
+        return self.norm(x)
 
     def predict(self, batch: Batch, hidden_NED: Tensor, noise_NJD: Tensor | None) -> Tensor:
         """Predictions at the masked positions; (N, J, D)."""
         config, decoder = self.configs[batch.modality], self.decoders[batch.modality]
-        kept_NKD = decoder.input_dropout(hidden_NED)[:, config.extra_tokens :]
-        if noise_NJD is None:
-            noise_NJD = kept_NKD.new_empty(*batch.masked_NJ.shape, kept_NKD.shape[2])
-            noise_NJD.normal_(0, config.mask.noise_std) if config.mask.noise_std else noise_NJD.zero_()
+        x = decoder.input_dropout(hidden_NED)[:, config.extra_tokens :]
+        if config.view == "visible":
+            if noise_NJD is None:
+                noise_NJD = x.new_empty(*batch.masked_NJ.shape, x.shape[2])
+                noise_NJD.normal_(0, config.mask.noise_std) if config.mask.noise_std else noise_NJD.zero_()
+            x = fill_in(x, batch.restore_NT, noise_NJD)
         padding_NT = None
         if batch.padding_BT is not None and not self.fairseq_compat:
             padding_NT = batch.padding_BT.repeat_interleave(batch.clones, dim=0)
-        return decoder(fill_in(kept_NKD, batch.restore_NT, noise_NJD), batch.masked_NJ, padding_NT)
+        return decoder(x, batch.masked_NJ, padding_NT)
 
     def counted(self, batch: Batch) -> Tensor | None:
-        """Which masked tokens count: those that are no padding (fairseq counts all)."""
+        """Which of `masked_NJ` count: those that are no filler and no padding (fairseq counts padding)."""
         if batch.padding_BT is None or self.fairseq_compat:
-            return None
+            return batch.counted_NJ
         padding_NT = batch.padding_BT.repeat_interleave(batch.clones, dim=0)
-        return ~padding_NT.gather(1, batch.masked_NJ)
+        is_real_NJ = ~padding_NT.gather(1, batch.masked_NJ)
+        return is_real_NJ if batch.counted_NJ is None else is_real_NJ & batch.counted_NJ
 
     def mean_target(self, batch: Batch, targets_BTD: Tensor) -> Tensor:
         """The class token's target: the mean over the sample's tokens, for every view; (N, D)."""
@@ -194,7 +226,10 @@ class Data2Vec(nn.Module):
         return mean_BD.repeat_interleave(batch.clones, dim=0)
 
     def encode(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-        """Every shared block's output and feed-forward output on whole, unmasked samples; (B, E + T, D)."""
+        """Every shared block's output and feed-forward output on whole, unmasked samples; (B, E + T, D).
+
+        Features are `norm` of the last output: the identity but for a body with norms first.
+        """
         encoder = self.encoders[batch.modality]
         x, biases, padding = encoder.context(encoder.local(batch.source), batch, False)
         drops = [False] * len(self.blocks)
@@ -216,3 +251,12 @@ class Data2Vec(nn.Module):
         """
         for _, student, teacher in self.followed():
             teacher.lerp_(student, 1 - tau if student.requires_grad else 1.0)
+
+
+@contextmanager
+def asleep(module: nn.Module) -> Iterator[None]:
+    """The module without dropout for a while: a part of the student that a teacher reads."""
+    was_training = module.training
+    module.eval()
+    yield
+    module.train(was_training)

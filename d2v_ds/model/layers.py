@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from functools import lru_cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,12 @@ class Body(Config):
     layerdrop: float = 0.0
     drop_path: tuple[float, float] = (0.0, 0.0)
     """Of the first and of the last block; linear between."""
+    norm_first: bool = False
+    """Norms stand before attention and MLP, and one more after the last block (v1 images only)."""
+    layer_scale: float | None = None
+    """Start of a learned factor on each residual branch's channels (arXiv:2103.17239); None = no such factor."""
+    qkv_bias: Literal["all", "qv"] = "all"
+    """Which projections of the attention have a bias; BEiT's have none on the keys."""
 
 
 class LayerNormFp32(nn.LayerNorm):
@@ -72,14 +79,20 @@ class Attention(nn.Module):
                 "choose heads that divide dim"
             )
         self.heads = body.heads
-        self.qkv = nn.Linear(body.dim, 3 * body.dim)
+        self.qkv = nn.Linear(body.dim, 3 * body.dim, bias=body.qkv_bias == "all")
+        self.q_bias = self.v_bias = None
+        if body.qkv_bias == "qv":
+            self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(body.dim)) for _ in range(2))
         self.proj = nn.Linear(body.dim, body.dim)
         self.dropout = body.attention_dropout
         self.proj_dropout = nn.Dropout(body.encoder_dropout)
 
     def forward(self, x_NTD: Tensor, bias: Tensor | None, padding_NT: Tensor | None) -> Tensor:
         rows, tokens, dim = x_NTD.shape
-        qkv = self.qkv(x_NTD).view(rows, tokens, 3, self.heads, dim // self.heads)
+        qkv = self.qkv(x_NTD)
+        if self.q_bias is not None:
+            qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = qkv.view(rows, tokens, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, T, D / H)
         dropout = self.dropout if self.training else 0.0
         y = attend(q, k, v, bias, padding_NT, dropout)
@@ -116,7 +129,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Post-norm transformer block; also returns its feed-forward output, what targets are made of."""
+    """Transformer block, post-norm unless `norm_first`; also returns its feed-forward output, what targets are
+    made of."""
 
     def __init__(self, body: Body, drop_path: float = 0.0):
         super().__init__()
@@ -126,14 +140,27 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(body.dim, eps=body.norm_eps)
         self.dropout = nn.Dropout(body.post_mlp_dropout)
         self.drop_path = DropPath(drop_path)
+        self.norm_first = body.norm_first
+        self.scale1 = self.scale2 = None
+        if body.layer_scale is not None:
+            self.scale1, self.scale2 = (
+                nn.Parameter(torch.full((body.dim,), body.layer_scale)) for _ in range(2)
+            )
 
     def forward(
         self, x_NTD: Tensor, bias: Tensor | None = None, padding_NT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The block's output and its feed-forward output (before dropout, residual and norm), both (N, T, D)."""
-        x = self.norm1(x_NTD + self.drop_path(self.attn(x_NTD, bias, padding_NT)))
+        if self.norm_first:
+            x = x_NTD + self.branch(self.attn(self.norm1(x_NTD), bias, padding_NT), self.scale1)
+            ffn = self.mlp(self.norm2(x))
+            return x + self.branch(self.dropout(ffn), self.scale2), ffn
+        x = self.norm1(x_NTD + self.branch(self.attn(x_NTD, bias, padding_NT), self.scale1))
         ffn = self.mlp(x)
-        return self.norm2(x + self.drop_path(self.dropout(ffn))), ffn
+        return self.norm2(x + self.branch(self.dropout(ffn), self.scale2)), ffn
+
+    def branch(self, x_NTD: Tensor, scale_D: Tensor | None) -> Tensor:
+        return self.drop_path(x_NTD if scale_D is None else x_NTD * scale_D)
 
 
 def build_blocks(body: Body, depth: int, drop_path: tuple[float, float] = (0.0, 0.0)) -> nn.ModuleList:
@@ -211,6 +238,14 @@ def run_blocks(
         outputs.append(x)
         ffns.append(ffn)
     return x, outputs, ffns
+
+
+def shrink_residuals(blocks: nn.ModuleList) -> None:
+    """Block i's last layers, divided by sqrt(2 (i + 1)): keeps a deep pre-norm stack's output in scale (BEiT)."""
+    with torch.no_grad():
+        for i, block in enumerate(blocks):
+            for linear in (block.attn.proj, block.mlp.fc2):
+                linear.weight.div_(math.sqrt(2 * (i + 1)))
 
 
 def bert_init(module: nn.Module) -> None:

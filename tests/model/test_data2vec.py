@@ -94,7 +94,7 @@ def test_targets_have_no_dropout_and_leave_the_student_in_training_mode(modality
     assert torch.equal(first, again)
     student = [module for part in (model.encoders, model.blocks, model.decoders) for module in part.modules()]
     assert all(module.training for module in student)
-    assert not torch.equal(model.see_visible(batch, local), model.see_visible(batch, local))
+    assert not torch.equal(model.see_views(batch, local), model.see_views(batch, local))
     assert torch.equal(first, model.eval().make_targets(batch, local))
 
 
@@ -166,7 +166,7 @@ def test_the_student_does_not_see_masked_ids_and_the_teacher_does() -> None:
 
 def check_visibility(model: Data2Vec, batch: Batch, other: Batch) -> None:
     noise = draw_noise(batch)
-    seen, seen_other = (model.see_visible(b, local_of(model, b)) for b in (batch, other))
+    seen, seen_other = (model.see_views(b, local_of(model, b)) for b in (batch, other))
     assert torch.equal(seen, seen_other)
     out, out_other = model(batch, noise), model(other, noise)
     assert torch.equal(out.pred_NJD, out_other.pred_NJD)
@@ -174,7 +174,7 @@ def check_visibility(model: Data2Vec, batch: Batch, other: Batch) -> None:
 
 
 def assert_student_differs(model: Data2Vec, batch: Batch, other: Batch) -> None:
-    seen, seen_other = (model.see_visible(b, local_of(model, b)) for b in (batch, other))
+    seen, seen_other = (model.see_views(b, local_of(model, b)) for b in (batch, other))
     assert (seen - seen_other).abs().max() > 1e-3
 
 
@@ -264,7 +264,7 @@ def test_the_class_tokens_loss_is_weighted_by_the_tokens_of_the_pass() -> None:
     model = build_tiny("image")
     batch = make_batch(model, "image")
     out = model(batch)
-    cls = model.see_visible(batch, local_of(model, batch))[:, 0]
+    cls = model.see_views(batch, local_of(model, batch))[:, 0]
     mean = out.targets_BTD.mean(dim=1).repeat_interleave(4, dim=0)
     expected = 0.01 * out.sample_size * (cls - mean).square().sum() / 96**0.5
     assert out.losses["cls"].item() == pytest.approx(expected.item(), rel=1e-5)
@@ -280,7 +280,7 @@ def test_layer_drop_is_a_function_of_the_batchs_seed(modality: str) -> None:
     def run(seed: int) -> list[int]:
         local = local_of(model, batch)
         return executed_blocks(
-            model.blocks, lambda: model.see_visible(replace(batch, layerdrop_seed=seed), local)
+            model.blocks, lambda: model.see_views(replace(batch, layerdrop_seed=seed), local)
         )
 
     kept = []
@@ -306,7 +306,7 @@ def test_layer_drop_of_prenet_blocks_has_draws_of_its_own() -> None:
         assert executed_blocks(context.blocks, lambda b=seeded: context(local, b, True)) == [
             i for i, drop in enumerate(drops) if not drop
         ]
-        assert executed_blocks(model.blocks, lambda b=seeded: model.see_visible(b, local)) == [0, 1, 2, 3]
+        assert executed_blocks(model.blocks, lambda b=seeded: model.see_views(b, local)) == [0, 1, 2, 3]
     assert any(draw_layerdrop(3, 0.5, s, "prenet") != draw_layerdrop(3, 0.5, s, "body") for s in range(6))
 
 
