@@ -5,7 +5,7 @@ from __future__ import annotations
 from d2v_ds.modalities import net
 from d2v_ds.model.data2vec import Data2Vec
 from d2v_ds.model.encoder import ModalityConfig
-from d2v_ds.model.layers import Body, bert_init
+from d2v_ds.model.layers import Body, bert_init, shrink_residuals
 
 
 def build_model(
@@ -22,6 +22,8 @@ def build_model(
     decoders = {name: net(name).build_decoder(config, body.dim) for name, config in modalities.items()}
     model = Data2Vec(body, modalities, encoders, decoders, fairseq_compat)
     bert_init(model)
+    if body.norm_first:
+        shrink_residuals(model.blocks)
     for name in modalities:
         net(name).init_encoder(encoders[name])
         net(name).init_decoder(decoders[name])

@@ -15,7 +15,8 @@ from torch import Tensor
 from d2v_ds.config import Config
 from d2v_ds.data import Corpus, Draw, Source, expand_shards
 from d2v_ds.modalities import samples_class
-from d2v_ds.model.masking import draw_mask
+from d2v_ds.model.batch import make_masked, make_views
+from d2v_ds.model.masking import draw_mask, fewest, pad_masks
 
 
 class StreamConfig(Config):
@@ -51,12 +52,20 @@ def generator(draw: Draw, purpose: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[draw.seed, sum(purpose.encode())]))
 
 
-def draw_masks(draws: list[Draw], lengths: list[int], config: Any) -> list[np.ndarray]:
-    """The M masks of every sample, (M, T_i), each from its own draw."""
-    return [
+def draw_views(draws: list[Draw], lengths: list[int], config: Any) -> dict[str, Tensor | None]:
+    """The masks and index lists of a batch as `Batch` takes them: M masks of every sample, each from its own draw,
+    for samples of T_i tokens, padded to the longest."""
+    masks = [
         draw_mask(generator(draw, "mask"), config.clones, tokens, config.mask)
         for draw, tokens in zip(draws, lengths, strict=True)
     ]
+    if config.view == "visible":
+        return make_views(torch.from_numpy(pad_masks(masks)))
+    longest = max(lengths)
+    stacked = np.concatenate([np.pad(mask, ((0, 0), (0, longest - mask.shape[1]))) for mask in masks])
+    if config.mask.kind == "span":
+        stacked = fewest(stacked, generator(draws[0], "fewest"))
+    return make_masked(torch.from_numpy(stacked))
 
 
 def pad_stack(rows: list[Tensor], value: float) -> tuple[Tensor, Tensor | None]:

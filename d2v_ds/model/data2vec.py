@@ -114,7 +114,7 @@ class Data2Vec(nn.Module):
         hidden_NED = self.see_views(batch, local_BTD)  # student: M masked views
         pred_NJD = self.predict(batch, hidden_NED, noise_NJD)  # decoder: masked positions
 
-        rows = torch.arange(batch.masked_NJ.shape[0], device=local_BTD.device)[:, None]
+        rows = torch.arange(batch.masked_NJ.shape[0], device=pred_NJD.device)[:, None]
         target_NJD = targets_BTD[rows // batch.clones, batch.masked_NJ]
         counts_NJ = self.counted(batch)
         elements = regression(pred_NJD, target_NJD, config.loss)
@@ -162,7 +162,7 @@ class Data2Vec(nn.Module):
         """Every block's output and feed-forward output of the teacher; each (B, E + T, D)."""
         owned = self.teacher["encoders"]
         student, scope = self.encoders[batch.modality], self.configs[batch.modality].teacher
-        encoder = owned[batch.modality] if batch.modality in owned else student
+        encoder = owned[batch.modality] if scope != "blocks" else student
         if scope == "full":
             local_BTD = encoder.local(batch.source)
         elif local_BTD is None:

@@ -177,7 +177,9 @@ class Context(nn.Module):
     def add_conv_positions(self, x_BTD: Tensor, padding_BT: Tensor | None) -> Tensor:
         if self.conv_positions is None:
             return x_BTD
-        if self.view == "masked" and padding_BT is not None:  # v1 zeroes padding once, before all convolutions
+        if (
+            self.view == "masked" and padding_BT is not None
+        ):  # v1 zeroes padding once, before all convolutions
             x_BTD = x_BTD.masked_fill(padding_BT[:, :, None], 0)
         return x_BTD + self.conv_positions(x_BTD, padding_BT if self.pads_positions else None)
 

@@ -1,12 +1,19 @@
-"""Heads that fine-tuning puts on an encoder: image classes, CTC letters, sentence classes."""
+"""Heads that fine-tuning puts on an encoder: image classes, CTC letters, sentence classes.
+
+A head reads the encoder's last block output without extra tokens. B samples, T tokens, D dim.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import PositiveInt
+from torch import Tensor, nn
 
 from d2v_ds.config import Config
+
+HEAD = "head."
 
 
 class HeadConfig(Config):
@@ -17,3 +24,52 @@ class HeadConfig(Config):
     """Classes, or letters with the blank."""
     labels: tuple[str, ...] | None = None
     """What each output means, where it is known."""
+
+
+class ImageHead(nn.Module):
+    """Mean over patches, layer norm, linear."""
+
+    def __init__(self, outputs: int, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.proj = nn.Linear(dim, outputs)
+
+    def forward(self, x_BTD: Tensor, padding_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, classes)."""
+        return self.proj(self.norm(x_BTD.mean(dim=1)))
+
+
+class CTCHead(nn.Module):
+    """A linear layer on every frame; output 0 is the blank."""
+
+    def __init__(self, outputs: int, dim: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, outputs)
+
+    def forward(self, x_BTD: Tensor, padding_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, T, letters); padded frames say blank and nothing else."""
+        logits = self.proj(x_BTD)
+        if padding_BT is None:
+            return logits
+        blank = torch.full_like(logits[0, 0], torch.finfo(logits.dtype).min)
+        blank[0] = 0
+        return torch.where(padding_BT[:, :, None], blank, logits)
+
+
+class SentenceHead(nn.Module):
+    """The first token through a linear layer, tanh, and another one."""
+
+    def __init__(self, outputs: int, dim: int):
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, outputs)
+
+    def forward(self, x_BTD: Tensor, padding_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, classes), or one number for regression."""
+        return self.proj(torch.tanh(self.dense(x_BTD[:, 0])))
+
+
+def build_head(config: HeadConfig, dim: int) -> nn.Module:
+    """The head of this kind on an encoder of width `dim`; its `forward(x_BTD, padding_BT)` gives logits."""
+    kinds = {"image_classification": ImageHead, "ctc": CTCHead, "sentence_classification": SentenceHead}
+    return kinds[config.kind](config.outputs, dim)

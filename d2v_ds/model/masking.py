@@ -1,7 +1,8 @@
-"""Which tokens are hidden: the mask routines of data2vec 2.0 (arXiv:2212.07525, section 3), drawn on the CPU.
+"""Which tokens are hidden: the mask routines of data2vec 2.0 (arXiv:2212.07525, section 3) and 1.0, on the CPU.
 
-All return bool arrays (M views, T tokens), True = masked, with exactly the same count in every row, and
-draw from a numpy Generator alone, so a mask is a function of the generator's seed.
+All return bool arrays (M views, T tokens), True = masked, and draw from a numpy Generator alone, so a mask is a
+function of the generator's seed. Those of 2.0 and `rectangle` mask exactly the same count in every row; the spans
+of 1.0 do not.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from d2v_ds.config import Config
 class Mask(Config):
     """How tokens are hidden from the student."""
 
-    kind: Literal["inverse_block", "block", "random"] = "block"
-    """inverse_block keeps square blocks of a grid (images); block hides spans (audio); random is per token."""
+    kind: Literal["inverse_block", "block", "random", "span", "token_span", "rectangle"] = "block"
+    """inverse_block keeps square blocks of a grid (images); block hides spans (audio); random is per token. Of v1:
+    span (audio), token_span (text), rectangle (images, BEiT's)."""
     ratio: float = Field(0.5, gt=0, lt=1)
-    """Share of the tokens that is masked."""
+    """Share of the tokens that is masked; spans of v1 overlap, so theirs is smaller."""
     adjust: float = 0.0
     """Added to the drawn share, since blocks overlap; the final count is exact all the same."""
-    length: int = 1
-    """Side of a block, in tokens."""
+    length: int = Field(1, ge=1)
+    """Side of a block or length of a span, in tokens; of rectangles the smallest area."""
     noise_std: float = 0.01
     """Standard deviation of the vectors that stand at masked positions in the decoder's input."""
 
@@ -69,17 +71,79 @@ def random_mask(rng: np.random.Generator, views: int, tokens: int, mask: Mask) -
     return ~exactly(np.zeros((views, tokens), bool), int(tokens * (1 - mask.ratio)), rng)
 
 
+def span_mask(rng: np.random.Generator, views: int, tokens: int, mask: Mask) -> np.ndarray:
+    """Spans of `length` at distinct starts, T * ratio / length of them (rounded up or down at random), that overlap
+    freely; (M, T). Inside the sequence ("span", wav2vec 2.0's), or cut off at its end ("token_span")."""
+    masked = np.zeros((views, tokens), bool)
+    if tokens < 2:
+        raise ValueError(
+            f"a sequence of {tokens} tokens is too short for masked spans; leave it out of the data"
+        )
+    for row in masked:
+        spans = min(max(1, int(tokens * mask.ratio / mask.length + rng.random())), tokens - 1)
+        starts = tokens
+        if mask.kind == "span":  # too many spans for starts that leave room: any that are left
+            starts = tokens - mask.length if tokens - mask.length > spans else spans + 1
+        chosen = rng.choice(starts, spans, replace=False)
+        positions = (chosen[:, None] + np.arange(mask.length)).ravel()
+        row[positions[positions < tokens]] = True
+        if row.all():
+            row[rng.integers(tokens)] = False
+    return masked
+
+
+def rectangle_mask(rng: np.random.Generator, views: int, side: int, mask: Mask) -> np.ndarray:
+    """Rectangles of at least `length` tokens and aspect 0.3 to 3.3 until int(T * ratio) are masked; (M, T).
+
+    As in BEiT (arXiv:2106.08254, algorithm 1); where ten tries place none, single tokens fill the rest.
+    """
+    tokens = side * side
+    count = int(tokens * mask.ratio)
+    masked = np.zeros((views, side, side), bool)
+    for grid in masked:
+        while (left := count - int(grid.sum())) > 0 and place_rectangle(rng, grid, left, mask.length):
+            pass
+    return exactly(masked.reshape(views, tokens), count, rng)
+
+
+def place_rectangle(rng: np.random.Generator, grid: np.ndarray, most: int, least: int) -> bool:
+    """Masks one more rectangle that adds 1 to `most` tokens; False if ten tries found none."""
+    side = len(grid)
+    for _ in range(10):
+        area = rng.uniform(least, most) if most > least else rng.uniform(most, least)
+        aspect = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
+        height, width = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if not (0 < height < side and 0 < width < side):
+            continue
+        top, left = rng.integers(0, side - height + 1), rng.integers(0, side - width + 1)
+        window = grid[top : top + height, left : left + width]
+        added = window.size - int(window.sum())
+        if 0 < added <= most:
+            window[:] = True
+            return True
+    return False
+
+
+def fewest(masks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rows with as few masked tokens as the smallest has, by unmasking at random (v1 audio's batches); (N, T)."""
+    return exactly(masks, int(masks.sum(axis=1).min()), rng)
+
+
 def draw_mask(rng: np.random.Generator, views: int, tokens: int, mask: Mask) -> np.ndarray:
     """The mask of one sample of `tokens` tokens, by its kind; (M, T)."""
-    if mask.kind == "inverse_block":
+    if mask.kind in GRID:
         side = int(round(tokens**0.5))
         if side * side != tokens:
             raise ValueError(
-                f"{tokens} tokens are no square grid: an inverse_block mask needs one; "
+                f"{tokens} tokens are no square grid: a mask of kind {mask.kind} needs one; "
                 "use mask.kind=block or a square input"
             )
-        return inverse_block_mask(rng, views, side, mask)
-    return (block_mask if mask.kind == "block" else random_mask)(rng, views, tokens, mask)
+        return GRID[mask.kind](rng, views, side, mask)
+    return LINE[mask.kind](rng, views, tokens, mask)
+
+
+GRID = {"inverse_block": inverse_block_mask, "rectangle": rectangle_mask}
+LINE = {"block": block_mask, "random": random_mask, "span": span_mask, "token_span": span_mask}
 
 
 def pad_masks(masks: list[np.ndarray]) -> np.ndarray:

@@ -76,7 +76,8 @@ class ConvPositions(nn.Module):
 
 
 def build_encoder(config: AudioConfig, body: Body, fairseq_compat: bool) -> ModalityEncoder:
-    context = Context(config, body, ConvPositions(config, body.dim), fairseq_compat=fairseq_compat)
+    positions, has_mask_token = ConvPositions(config, body.dim), config.view == "masked"
+    context = Context(config, body, positions, has_mask_token=has_mask_token, fairseq_compat=fairseq_compat)
     return ModalityEncoder(WaveformEncoder(config, body.dim), context)
 
 
@@ -84,6 +85,8 @@ def init_encoder(encoder: ModalityEncoder) -> None:
     for conv in encoder.local.convs:
         nn.init.kaiming_normal_(conv.weight)
     encoder.local.proj.reset_parameters()
+    if encoder.context.mask_token is not None:
+        nn.init.uniform_(encoder.context.mask_token)
 
 
 def build_decoder(config: AudioConfig, dim: int) -> Decoder:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_ds.data import Corpus, Draw
-from d2v_ds.modalities.source import StreamConfig, draw_masks, generator, pad_stack, reason
-from d2v_ds.model.batch import Batch, make_views
+from d2v_ds.modalities.source import StreamConfig, draw_views, generator, pad_stack, reason
+from d2v_ds.model.batch import Batch
 
 RATE = 16_000
 MAX_SECONDS = 3600  # a longer one, or a header that lies, would fill the memory of a worker
@@ -73,8 +73,8 @@ class AudioSamples:
         length = min(int(self.config.data.max_seconds * RATE), *(len(w) for w in waveforms))
         crops = [crop(w, length, generator(d, "crop")) for w, d in zip(waveforms, draws, strict=True)]
         frames = num_frames(length, self.config.conv_layers)
-        masks = draw_masks(draws, [frames] * len(draws), self.config)
-        return Batch("audio", torch.stack(crops), **make_views(torch.from_numpy(np.concatenate(masks))))
+        views = draw_views(draws, [frames] * len(draws), self.config)
+        return Batch("audio", torch.stack(crops), **views)
 
     def prepare(self, waveform: Tensor) -> Tensor:
         """One waveform at 16 kHz as a trained model sees it; (S,)."""

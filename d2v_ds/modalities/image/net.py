@@ -24,6 +24,9 @@ class ImageConfig(ModalityConfig):
     """Side of the square input, in pixels."""
     patch: int = 16
     channels: int = 3
+    positions: Literal["sincos", "relative", "relative_per_block"] = "sincos"
+    """Fixed positions added to the patches; or (v1) learned attention biases by distance, one table for all blocks
+    or one for each (arXiv:2106.08254)."""
     data: ImageData = ImageData()
 
 
@@ -52,14 +55,46 @@ def build_encoder(config: ImageConfig, body: Body, fairseq_compat: bool) -> Moda
             f"image size {config.size} must be a multiple of patch {config.patch}, "
             f"and body.dim {body.dim} of 4: change one of them"
         )
-    local = PatchEmbed(config, body.dim)
-    positions = sincos_positions(body.dim, config.size // config.patch)
-    return ModalityEncoder(local, Context(config, body, positions, fairseq_compat=fairseq_compat))
+    side, is_relative = config.size // config.patch, config.positions != "sincos"
+    context = Context(
+        config,
+        body,
+        None if is_relative else sincos_positions(body.dim, side),
+        has_norm=not body.norm_first,
+        has_mask_token=config.view == "masked",
+        relative=relative_rows(side, config.extra_tokens) if is_relative else None,
+        relative_tables=body.depth if config.positions == "relative_per_block" else 1,
+        fairseq_compat=fairseq_compat,
+    )
+    return ModalityEncoder(PatchEmbed(config, body.dim), context)
+
+
+def relative_rows(side: int, extra_tokens: int) -> Tensor:
+    """Which row of a table of (2 * side - 1)^2 + 3 biases each pair of tokens reads, (E + T, E + T).
+
+    Pairs of patches by their distance in rows and columns; the last three rows are for (extra, patch),
+    (patch, extra) and (extra, extra), as in BEiT.
+    """
+    rows, columns = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
+    down, right = rows[:, None] - rows + side - 1, columns[:, None] - columns + side - 1
+    num_distances = (2 * side - 1) ** 2
+    index = torch.full((extra_tokens + side * side,) * 2, num_distances + 2)
+    index[extra_tokens:, extra_tokens:] = down * (2 * side - 1) + right
+    index[:extra_tokens, extra_tokens:] = num_distances
+    index[extra_tokens:, :extra_tokens] = num_distances + 1
+    return index
 
 
 def init_encoder(encoder: ModalityEncoder) -> None:
-    """Patches: Xavier-uniform on the flattened weight, the convolution's own default for the bias."""
+    """Patches: Xavier-uniform on the flattened weight, the convolution's own default for the bias (2.0); all N(0, 0.02)
+    with relative positions (BEiT)."""
     proj = encoder.local.proj
+    if encoder.context.mask_token is not None:
+        nn.init.normal_(encoder.context.mask_token, std=0.02)
+    if encoder.context.relative is not None:
+        nn.init.normal_(proj.weight, std=0.02)
+        nn.init.zeros_(proj.bias)
+        return
     nn.init.xavier_uniform_(proj.weight.view(proj.weight.shape[0], -1))
     bound = 1 / math.sqrt(proj.weight[0].numel())
     nn.init.uniform_(proj.bias, -bound, bound)

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from d2v_ds.data import Corpus, Draw
-from d2v_ds.modalities.source import StreamConfig, draw_masks, generator, reason
-from d2v_ds.model.batch import Batch, make_views
+from d2v_ds.modalities.source import StreamConfig, draw_views, generator, reason
+from d2v_ds.model.batch import Batch
 
 MAX_PIXELS = 100_000_000  # a bomb is refused by its header, before it is decoded
 
@@ -60,8 +60,8 @@ class ImageSamples:
             for image, draw in zip(images, draws, strict=True)
         ]
         tokens = (self.config.size // self.config.patch) ** 2
-        masks = draw_masks(draws, [tokens] * len(draws), self.config)
-        return Batch("image", torch.stack(pixels), **make_views(torch.from_numpy(np.concatenate(masks))))
+        views = draw_views(draws, [tokens] * len(draws), self.config)
+        return Batch("image", torch.stack(pixels), **views)
 
     def augment(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         data, size = self.config.data, self.config.size

@@ -19,7 +19,7 @@ from d2v_ds.model.layers import Body
 class TextConfig(ModalityConfig):
     kind: Literal["text"] = "text"
     vocabulary: int = 50265
-    """Ids 0..3 are <s>, <pad>, </s>, <unk>."""
+    """Ids 0..3 are <s>, <pad>, </s>, <unk>; with view=masked (v1) the last one is <mask>."""
     max_tokens: int = Field(512, ge=2)
     """Longest sequence, with <s>."""
     embed_dropout: float = 0.1
@@ -46,7 +46,8 @@ class TokenEmbed(nn.Module):
 
 def build_encoder(config: TextConfig, body: Body, fairseq_compat: bool) -> ModalityEncoder:
     context = Context(config, body, has_norm=False, fairseq_compat=fairseq_compat)
-    return ModalityEncoder(TokenEmbed(config, body.dim), context)
+    mask_id = config.vocabulary - 1 if config.view == "masked" else None
+    return ModalityEncoder(TokenEmbed(config, body.dim), context, mask_id, PAD)
 
 
 def init_encoder(encoder: ModalityEncoder) -> None:

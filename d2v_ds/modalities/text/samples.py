@@ -11,9 +11,8 @@ import sentencepiece
 import torch
 
 from d2v_ds.data import Corpus, Draw, TextBlocks
-from d2v_ds.modalities.source import StreamConfig, draw_masks, pad_stack
-from d2v_ds.model.batch import Batch, make_views
-from d2v_ds.model.masking import pad_masks
+from d2v_ds.modalities.source import StreamConfig, draw_views, pad_stack
+from d2v_ds.model.batch import Batch
 
 BOS, PAD, EOS, UNK = range(4)
 
@@ -40,7 +39,7 @@ class TextSamples:
         self.files = (path,)  # what an export needs besides the weights
         model = path.read_bytes()
         self.measure_name = f"tokens-{hashlib.sha256(model).hexdigest()[:12]}"
-        self.tokenizer = load_tokenizer(model, config.vocabulary, path)
+        self.tokenizer = load_tokenizer(model, config.vocabulary - (config.view == "masked"), path)
 
     def measure(self, fields: dict[str, bytes]) -> int:
         """Tokens of a document, with its end token."""
@@ -90,11 +89,9 @@ class TextSamples:
         source = torch.full((len(rows), max(lengths)), PAD)
         for i, row in enumerate(rows):
             source[i, : len(row)] = torch.from_numpy(row)
-        masks = pad_masks(draw_masks(draws, lengths, self.config))
         padding = source == PAD
-        return Batch(
-            "text", source, padding if bool(padding.any()) else None, **make_views(torch.from_numpy(masks))
-        )
+        views = draw_views(draws, lengths, self.config)
+        return Batch("text", source, padding if bool(padding.any()) else None, **views)
 
     def prepare(self, text: str | torch.Tensor | list[int]) -> torch.Tensor:
         """One text as a trained model sees it: <s>, ids, </s>, cut to max_tokens; (T,). Ids are taken as they are."""
@@ -132,7 +129,8 @@ def load_tokenizer(model: bytes, vocabulary: int, path: Path) -> sentencepiece.S
         )
     if tokenizer.get_piece_size() > vocabulary:
         raise ValueError(
-            f"{path} has {tokenizer.get_piece_size()} pieces, more than modalities.text.vocabulary="
-            f"{vocabulary}; set that to at least the number of pieces"
+            f"{path} has {tokenizer.get_piece_size()} pieces, more than the {vocabulary} that modalities.text"
+            ".vocabulary leaves for them; set that to at least the number of pieces, and one more for the mask of "
+            "view=masked"
         )
     return tokenizer
