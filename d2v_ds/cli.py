@@ -55,6 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
     probe.add_argument("--test", required=True, help="labelled shards to test on")
     probe.add_argument("--modality", default=None, help="which, if the model has several")
     probe.add_argument("--label", default="cls;json.label", help="member or json key with the label")
+    probe.add_argument(
+        "--lowest-penalty",
+        type=float,
+        default=0.1,
+        help="smallest ridge penalty to choose from (default: 0.1; 1e-6 reads what 16-bit features lose)",
+    )
     probe.set_defaults(run=run_probe)
     return parser
 
@@ -86,7 +92,12 @@ def run_probe(arguments: argparse.Namespace) -> int:
     from d2v_ds.tasks.probe import format_rows, probe
 
     rows = probe(
-        arguments.model, arguments.train, arguments.test, modality=arguments.modality, label=arguments.label
+        arguments.model,
+        arguments.train,
+        arguments.test,
+        modality=arguments.modality,
+        label=arguments.label,
+        lowest_penalty=arguments.lowest_penalty,
     )
     print(format_rows(rows))
     return 0

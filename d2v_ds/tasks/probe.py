@@ -16,7 +16,10 @@ from d2v_ds.convert.load import Encoder, load, mean_pool
 from d2v_ds.data import Corpus, expand_shards
 from d2v_ds.modalities.build import build_model
 
-LAMBDAS = tuple(10.0**p for p in range(-6, 7))
+PENALTIES = tuple(10.0**p for p in range(-8, 7))
+LOWEST_PENALTY = 0.1
+"""Below it a readout lives on directions that hold less than 1e-4 of a feature's spread (at some thousand samples),
+which are lost when features are stored in 16 bits. docs/experiments.md has the numbers without this limit."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,15 @@ class Row:
     penalty: float
 
 
-def ridge(train_ND: Tensor, labels_N: Tensor, test_ND: Tensor, test_labels_N: Tensor) -> tuple[float, float]:
-    """(test accuracy, penalty) of ridge regression on one-hot labels; the penalty is chosen by exact leave-one-out
-    on the training part, features are standardised by it."""
+def ridge(
+    train_ND: Tensor,
+    labels_N: Tensor,
+    test_ND: Tensor,
+    test_labels_N: Tensor,
+    lowest_penalty: float = LOWEST_PENALTY,
+) -> tuple[float, float]:
+    """(test accuracy, penalty) of ridge regression on one-hot labels; the penalty, a power of ten, is chosen by exact
+    leave-one-out on the training part, features are standardised by it."""
     mean, std = train_ND.mean(0), train_ND.std(0).clamp(min=1e-6)
     x, z = ((train_ND - mean) / std).double(), ((test_ND - mean) / std).double()
     onehot = torch.nn.functional.one_hot(labels_N).double()
@@ -39,7 +48,7 @@ def ridge(train_ND: Tensor, labels_N: Tensor, test_ND: Tensor, test_labels_N: Te
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
     projected = u.T @ (onehot - centre)
     best = (-1.0, 0.0)
-    for penalty in LAMBDAS:
+    for penalty in (p for p in PENALTIES if p >= lowest_penalty):
         shrink = s.square() / (s.square() + penalty)
         fitted = u @ (shrink[:, None] * projected)
         leverage = (u.square() * shrink).sum(1, keepdim=True) + 1 / len(x)
@@ -106,20 +115,26 @@ def probe(
     modality: str | None = None,
     label: str = "cls;json.label",
     weights: str = "student",
+    lowest_penalty: float = LOWEST_PENALTY,
 ) -> list[Row]:
-    """Rows for raw input, the run's own random initialisation and the trained weights, `mean` and `all` features."""
+    """Rows for raw input, the run's own random initialisation and the trained weights, `mean` and `all` features.
+
+    Raises ValueError if `lowest_penalty` leaves none of 1e-8 ... 1e6.
+    """
+    if not lowest_penalty <= PENALTIES[-1]:
+        raise ValueError(f"lowest_penalty={lowest_penalty:g} is above {PENALTIES[-1]:g}, the largest penalty")
     encoder = load(model, modality, weights)
     train_items, train_labels = labelled(encoder, train, label)
     test_items, test_labels = labelled(encoder, test, label)
     rows = []
     raw = raw_features(encoder, train_items), raw_features(encoder, test_items)
     if raw[0] is not None:
-        accuracy, penalty = ridge(raw[0], train_labels, raw[1], test_labels)
+        accuracy, penalty = ridge(raw[0], train_labels, raw[1], test_labels, lowest_penalty)
         rows.append(Row("raw input", accuracy, raw[0].shape[1], penalty))
     for name, network in (("random init", random_twin(encoder)), (weights, encoder)):
         fit, held_out = features(network, train_items), features(network, test_items)
         for kind in fit:
-            accuracy, penalty = ridge(fit[kind], train_labels, held_out[kind], test_labels)
+            accuracy, penalty = ridge(fit[kind], train_labels, held_out[kind], test_labels, lowest_penalty)
             rows.append(Row(f"{name}, {kind}", accuracy, fit[kind].shape[1], penalty))
     return rows
 
