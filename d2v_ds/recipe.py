@@ -7,6 +7,7 @@ the command line.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import (
+    NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     SerializeAsAny,
     ValidationError,
@@ -27,6 +30,9 @@ from d2v_ds.modalities import MODALITIES, config_class, known
 from d2v_ds.model.encoder import ModalityConfig
 from d2v_ds.model.layers import Body
 
+Variant = Literal["released", "paper"]
+"""Whose values a recipe has where the two differ: the configuration files that were released, or the paper."""
+
 
 class EMA(Config):
     """The teacher's decay tau: linear from `start` to `end` over `anneal_steps`, counted in applied steps."""
@@ -37,16 +43,40 @@ class EMA(Config):
 
 
 class Optim(Config):
-    """AdamW with a cosine schedule: linear warm-up from 0, then down to `min_lr` at the last step."""
+    """AdamW, and how its learning rate goes over the run."""
 
     lr: float = 7.5e-4
+    """The highest."""
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.01
+    decay: Literal["matrices", "all"] = "matrices"
+    """What is decayed: not biases, norms, other one-dimensional parameters and ALiBi scales, as every original
+    intends; or everything, as fairseq's runs did (its exception never acts)."""
+    schedule: Literal["cosine", "tri_stage"] = "cosine"
+    """cosine: linear warm-up from `min_lr`, then half a cosine down to it at the last step. tri_stage: linear
+    warm-up, hold, exponential decay."""
     warmup_steps: NonNegativeInt = 8_000
+    """Of cosine."""
     min_lr: float = 0.0
+    """Of cosine."""
+    phases: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.03, 0.9, 0.07)
+    """Of tri_stage: warm-up, hold and decay, as shares of the steps."""
+    phase_scales: tuple[PositiveFloat, PositiveFloat] = (0.01, 0.01)
+    """Of tri_stage: the first and the last learning rate, times `lr`."""
     clip: float = 0.0
     """Largest global gradient norm; 0 = no clipping."""
+
+    @model_validator(mode="after")
+    def consistent(self) -> Optim:
+        if self.schedule == "tri_stage" and abs(sum(self.phases) - 1) > 1e-6:
+            raise ValueError(f"optim.phases={list(self.phases)} are shares of the steps and must add up to 1")
+        if self.schedule == "tri_stage" and (self.warmup_steps or self.min_lr):
+            raise ValueError(
+                f"optim.warmup_steps={self.warmup_steps} and optim.min_lr={self.min_lr} have no meaning with "
+                "optim.schedule=tri_stage; set both to 0, and optim.phases and optim.phase_scales instead"
+            )
+        return self
 
 
 class Train(Config):
@@ -131,7 +161,11 @@ FREE = {
 
 def recipes() -> dict[str, Any]:
     """Every shipped recipe by name: the functions that return a Recipe, of each modality and of the joint ones."""
-    modules = [import_module(f"d2v_ds.modalities.{name}.recipes") for name in MODALITIES]
+    modules = [
+        import_module(f"d2v_ds.modalities.{name}.{file}")
+        for name in MODALITIES
+        for file in ("recipes", "recipes_v1")
+    ]
     modules.append(import_module("d2v_ds.modalities.multimodal"))
     return {
         name: function
@@ -143,18 +177,41 @@ def recipes() -> dict[str, Any]:
 
 
 def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """A shipped recipe by name, or a YAML file, with `key=value` overrides applied.
+    """A shipped recipe by name, or a YAML file, with `key=value` overrides applied; `variant=paper` is one of them.
 
-    Raises ValueError for an unknown recipe or key (naming the nearest) and for a value that does not fit.
+    Raises ValueError for an unknown recipe, variant or key (naming the nearest) and for a value that does not fit.
     """
+    variant = None
+    for assignment in overrides:
+        if assignment.startswith("variant="):
+            variant = assignment.removeprefix("variant=")
+    overrides = [assignment for assignment in overrides if not assignment.startswith("variant=")]
     if name.endswith((".yaml", ".yml")):
-        recipe = read_yaml(Path(name))
-    else:
-        known_recipes = recipes()
-        if name not in known_recipes:
-            raise ValueError(f"unknown recipe '{name}'{nearest(name, known_recipes)}")
-        recipe = known_recipes[name]()
-    return override(recipe, overrides)
+        if variant is not None:
+            raise ValueError(
+                f"{name} has no variants, a shipped recipe may have; leave variant={variant} out"
+            )
+        return override(read_yaml(Path(name)), overrides)
+    return override(shipped(name, variant), overrides)
+
+
+def shipped(name: str, variant: str | None = None) -> Recipe:
+    """A shipped recipe, in one of its variants or in its own."""
+    known_recipes = recipes()
+    if name not in known_recipes:
+        raise ValueError(f"unknown recipe '{name}'{nearest(name, known_recipes)}")
+    build = known_recipes[name]
+    if variant is None:
+        return build()
+    if "variant" not in inspect.signature(build).parameters:
+        raise ValueError(f"recipe {name} has no variants; leave variant={variant} out")
+    return build(variant)
+
+
+def check_variant(name: str, variant: str, *known_variants: str) -> None:
+    """Raises ValueError for a variant that a recipe does not have."""
+    if variant not in known_variants:
+        raise ValueError(f"recipe {name} has no variant '{variant}'{nearest(variant, known_variants)}")
 
 
 def read_yaml(path: Path) -> Recipe:

@@ -25,16 +25,16 @@ def fetched_whole(model: Data2Vec) -> Iterator[nn.Module]:
             yield module
 
 
-def parameter_groups(model: Data2Vec, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:
+def parameter_groups(model: Data2Vec, weight_decay: float, decay: str) -> list[dict[str, Any]]:
     """Trainable parameters by (followed by the teacher, decayed): so no EMA is kept for a decoder.
 
-    One-dimensional parameters, biases and ALiBi scales are not decayed, unless `decay_all`, as fairseq did.
+    With decay="matrices", one-dimensional parameters, biases and ALiBi scales are not decayed.
     """
     followed = {name for name, student, _ in model.followed() if student.requires_grad}
     groups: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = decay_all or (parameter.ndim > 1 and not name.endswith("alibi_scale"))
+            decays = decay == "all" or (parameter.ndim > 1 and not name.endswith("alibi_scale"))
             groups.setdefault((name in followed, decays), []).append((name, parameter))
     return [
         {"params": [p for _, p in members], "weight_decay": weight_decay if decays else 0.0}
@@ -49,9 +49,9 @@ def build_optimizer(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    decay_all: bool,
+    decay: str,
 ) -> torch.optim.AdamW:
-    groups = parameter_groups(model, weight_decay, decay_all)
+    groups = parameter_groups(model, weight_decay, decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 

@@ -128,7 +128,8 @@ class Data2Vec(nn.Module):
             cls = regression(
                 hidden_NED[:, config.extra_tokens - 1], self.mean_target(batch, targets_BTD), config.loss
             )
-            losses["cls"] = cls.sum() * config.loss.cls_weight * sample_size
+            correction = (config.loss.cls_rows or len(cls)) / len(cls)
+            losses["cls"] = cls.sum() * (config.loss.cls_weight * correction) * sample_size
         loss = sum(losses.values())
         return Output(
             loss,

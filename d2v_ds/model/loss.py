@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor
 
 from d2v_ds.config import Config
@@ -14,7 +15,11 @@ class Loss(Config):
     scale: float | None = None
     """Factor on every element; None = 1 / sqrt(D)."""
     cls_weight: float = 0.0
-    """Weight of the class token's loss; multiplied by the micro-batch's number of masked tokens."""
+    """Weight of the class token's loss, which is summed over the rows (samples x views) of a forward pass and
+    multiplied by their number of masked tokens: in effect cls_weight x rows times its mean."""
+    cls_rows: PositiveInt | None = None
+    """Rows that `cls_weight` was chosen for: the effective weight stays cls_weight x cls_rows whatever the
+    micro-batch. None = as in the original, where it grows with the rows."""
     weight: float = 1.0
     """Of this modality in a joint model."""
 

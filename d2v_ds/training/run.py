@@ -267,7 +267,7 @@ def build_run(
         betas=optim.betas,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
-        decay_all=recipe.fairseq_compat,
+        decay=optim.decay,
     )
     engine = build_engine(model, optimizer, ds_config)
     ema = TeacherEMA(engine)

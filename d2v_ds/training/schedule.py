@@ -8,11 +8,24 @@ from d2v_ds.recipe import Optim
 
 
 def learning_rate(optim: Optim, done: int, total: int) -> float:
-    """Rate of the step that follows `done` steps: linear from `min_lr`, then half a cosine to `min_lr` at `total`.
+    """Rate of the step that follows `done` of `total` steps; as in the original, the first step has the warm-up's
+    lowest (cosine: 0 by default)."""
+    return {"cosine": cosine, "tri_stage": tri_stage}[optim.schedule](optim, done, total)
 
-    As in the original, the very first step has the lowest rate (0 by default).
-    """
+
+def cosine(optim: Optim, done: int, total: int) -> float:
+    """Linear from `min_lr` to `lr`, then half a cosine to `min_lr` at `total`."""
     if done < optim.warmup_steps:
         return optim.min_lr + done * (optim.lr - optim.min_lr) / optim.warmup_steps
     progress = min(1.0, (done - optim.warmup_steps) / max(1, total - optim.warmup_steps))
     return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def tri_stage(optim: Optim, done: int, total: int) -> float:
+    """Linear to `lr`, hold, exponential decay, by the shares of `phases` (arXiv:1904.08779)."""
+    first, last = optim.phase_scales
+    warmup, hold, decay = (round(share * total) for share in optim.phases)
+    if done < warmup:
+        return optim.lr * (first + (1 - first) * done / warmup)
+    progress = (done - warmup - hold) / max(1, decay)
+    return optim.lr * last ** min(1.0, max(0.0, progress))

@@ -81,7 +81,10 @@ def plain_loop(recipe: Recipe) -> dict[str, torch.Tensor]:
     model = build_model(recipe.body, recipe.modalities).train()
     optim = recipe.optim
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, optim.weight_decay, False), lr=optim.lr, betas=optim.betas, eps=optim.eps
+        parameter_groups(model, optim.weight_decay, optim.decay),
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
     )
     sources = {n: open_source(n, c, recipe.data) for n, c in recipe.modalities.items()}
     plan = Plan(recipe.seed, [s.stream for s in sources.values()])

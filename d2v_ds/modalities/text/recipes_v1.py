@@ -1,0 +1,1 @@
+"""Recipes of data2vec 1.0."""
