@@ -100,7 +100,7 @@ def our_config(cfg: dict[str, Any]) -> tuple[Body, dict[str, ModalityConfig]]:
 
     Raises ValueError for settings that no released model uses and that we do not have.
     """
-    refuse(cfg, norm_affine=True, shared_decoder=None, recon_loss=0, skip_ema=False)
+    refuse(cfg, norm_affine=True, shared_decoder=None, recon_loss=0)
     if cfg["layer_norm_first"]:
         raise ValueError(
             "fairseq setting layer_norm_first=True is not supported: its pre-norm block loses the residual, so "
@@ -138,11 +138,22 @@ def refuse(cfg: dict[str, Any], **only: Any) -> None:
 
 def modality_config(name: str, cfg: dict[str, Any], modality: dict[str, Any]) -> ModalityConfig:
     decoder = modality["decoder"]
+    refuse(decoder, add_positions_masked=False, add_positions_all=False)
+    refuse(modality, **ONLY[name])
+    if modality.get("embed_dim", cfg["embed_dim"]) != cfg["embed_dim"]:
+        raise ValueError(
+            f"fairseq setting modalities.image.embed_dim={modality['embed_dim']} differs from embed_dim="
+            f"{cfg['embed_dim']}: no released model has a projection between them"
+        )
     common = {
         "clones": cfg["clone_batch"],
         "mask": mask_config(modality),
-        "target": target_config(cfg),
-        "loss": Loss(beta=cfg["loss_beta"], scale=cfg["loss_scale"], cls_weight=cfg["cls_loss"]),
+        "target": target_config(cfg, cfg["depth"]),
+        "loss": Loss(
+            beta=cfg["loss_beta"],
+            scale=cfg["loss_scale"],
+            cls_weight=cfg["cls_loss"] if modality["num_extra_tokens"] else 0.0,
+        ),
         "decoder": DecoderConfig(
             dim=decoder["decoder_dim"],
             kernel=decoder["decoder_kernel"],
@@ -175,25 +186,29 @@ def extra_init(modality: dict[str, Any]) -> str:
 
 def mask_config(modality: dict[str, Any]) -> Mask:
     kind = (
-        "inverse_block" if modality["inverse_mask"] else "block" if modality["mask_length"] > 1 else "random"
+        "random" if modality["mask_length"] <= 1 else "inverse_block" if modality["inverse_mask"] else "block"
     )
     return Mask(
         kind=kind,
-        ratio=modality["mask_prob"],
         adjust=modality["mask_prob_adjust"],
-        length=modality["mask_length"],
         noise_std=modality["mask_noise_std"],
+        **drawn(modality["mask_prob"], modality["mask_length"]),
     )
 
 
-def target_config(cfg: dict[str, Any]) -> Target:
+def drawn(ratio: float, length: int) -> dict[str, Any]:
+    """A mask's share and length; one that hides nothing (fine-tuning may ask for it) keeps our default share."""
+    return {"length": length} | ({"ratio": ratio} if 0 < ratio < 1 else {})
+
+
+def target_config(cfg: dict[str, Any], depth: int) -> Target:
     per_layer = [norm for norm in ("batch", "instance", "layer") if cfg.get(f"{norm}_norm_target_layer")]
     if len(per_layer) > 1:
         raise ValueError(
             f"several norms of one target layer, {per_layer}, are not supported: no released model has them"
         )
     return Target(
-        top_k=cfg["average_top_k_layers"],
+        top_k=min(cfg["average_top_k_layers"], depth),
         per_layer=per_layer[0] if per_layer else "none",
         final=tuple(norm for norm in ("layer", "instance") if cfg.get(f"{norm}_norm_targets")),
         source="block" if cfg.get("end_of_block_targets") else "ffn",
@@ -203,7 +218,7 @@ def target_config(cfg: dict[str, Any]) -> Target:
 def alibi_config(modality: dict[str, Any]) -> Alibi | None:
     if not modality["use_alibi_encoder"]:
         return None
-    if modality["type"] == "IMAGE" or modality["learned_alibi"]:
+    if "input_size" in modality or modality["learned_alibi"]:
         raise ValueError(
             "ALiBi over a grid (images) or a learned bias matrix is not supported: no released model has it"
         )
@@ -249,4 +264,9 @@ def text_keys(modality: dict[str, Any]) -> dict[str, Any]:
     return keys | ({"vocabulary": modality["vocabulary"]} if "vocabulary" in modality else {})
 
 
+ONLY = {
+    "image": {"fixed_positions": True, "transformer_decoder": False},
+    "audio": {"extractor_mode": "layer_norm"},
+    "text": {"learned_pos": True, "no_scale_embedding": True, "no_token_positional_embeddings": False},
+}
 OWN = {"image": image_keys, "audio": audio_keys, "text": text_keys}

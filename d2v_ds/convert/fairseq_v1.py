@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from d2v_ds.convert.fairseq import parse_conv_layers, refuse, target_config
+from d2v_ds.convert.fairseq import drawn, parse_conv_layers, refuse, target_config
 from d2v_ds.convert.names import Names, Place, fuse
 from d2v_ds.modalities import config_class
 from d2v_ds.model.decoder import DecoderConfig
@@ -139,7 +139,7 @@ def audio_config(cfg: dict[str, Any]) -> tuple[Body, dict[str, ModalityConfig]]:
         layerdrop=cfg["encoder_layerdrop"],
     )
     config = config_class("audio")(
-        **common(cfg, Mask(kind="span", **drawn(cfg["mask_prob"], cfg["mask_length"])), layers=1, dim=dim),
+        **common(cfg, Mask(kind="span", **drawn(cfg["mask_prob"], cfg["mask_length"])), layers=1, body=body),
         teacher="norm" if cfg["ema_layers_only"] else "context",
         prenet_dropout=cfg["dropout"],
         conv_layers=parse_conv_layers(cfg["conv_feature_layers"]),
@@ -178,7 +178,7 @@ def text_config(cfg: dict[str, Any], task: dict[str, Any]) -> tuple[Body, dict[s
     mask = Mask(kind="token_span", **drawn(task.get("mask_prob", 0.15), task.get("mask_multiple_length", 1)))
     vocabulary = {"vocabulary": cfg["vocabulary"]} if "vocabulary" in cfg else {}
     config = config_class("text")(
-        **common(cfg, mask, layers=cfg["head_layers"], dim=dim),
+        **common(cfg, mask, layers=cfg["head_layers"], body=body),
         teacher="blocks" if cfg["ema_transformer_layers_only"] else "full",
         max_tokens=transformer["max_source_positions"],
         embed_dropout=transformer["dropout"],
@@ -188,17 +188,12 @@ def text_config(cfg: dict[str, Any], task: dict[str, Any]) -> tuple[Body, dict[s
     return body, {"text": config}
 
 
-def common(cfg: dict[str, Any], mask: Mask, layers: int, dim: int) -> dict[str, Any]:
+def common(cfg: dict[str, Any], mask: Mask, layers: int, body: Body) -> dict[str, Any]:
     return {
         "view": "masked",
         "clones": 1,
         "mask": mask,
-        "target": target_config(cfg),
+        "target": target_config(cfg, body.depth),
         "loss": Loss(beta=cfg["loss_beta"], scale=cfg["loss_scale"]),
-        "decoder": DecoderConfig(dim=dim, layers=0, groups=1, projection_layers=layers),
+        "decoder": DecoderConfig(dim=body.dim, layers=0, groups=1, projection_layers=layers),
     }
-
-
-def drawn(ratio: float, length: int) -> dict[str, Any]:
-    """A mask's share and length; one that hides nothing (fine-tuning may ask for it) keeps our default share."""
-    return {"length": length} | ({"ratio": ratio} if 0 < ratio < 1 else {})

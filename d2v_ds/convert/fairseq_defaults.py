@@ -1,0 +1,242 @@
+"""The settings of fairseq's data2vec models with the defaults of its configuration classes (not of its recipes).
+
+A checkpoint normally holds every setting; what an old one lacks has its class's default. Names and values: fairseq
+at commit 3d262bb2.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+DECODER = {
+    "decoder_dim": 384,
+    "decoder_groups": 16,
+    "decoder_kernel": 5,
+    "decoder_layers": 5,
+    "input_dropout": 0.1,
+    "add_positions_masked": False,
+    "add_positions_all": False,
+    "decoder_residual": True,
+    "projection_layers": 1,
+    "projection_ratio": 2.0,
+}
+MODALITY = {
+    "prenet_depth": 4,
+    "prenet_layerdrop": 0.0,
+    "prenet_dropout": 0.0,
+    "start_drop_path_rate": 0.0,
+    "end_drop_path_rate": 0.0,
+    "num_extra_tokens": 0,
+    "init_extra_token_zero": True,
+    "mask_noise_std": 0.01,
+    "mask_prob_min": None,
+    "mask_prob": 0.7,
+    "inverse_mask": False,
+    "mask_prob_adjust": 0.0,
+    "keep_masked_pct": 0.0,
+    "mask_length": 5,
+    "add_masks": False,
+    "remove_masks": False,
+    "mask_dropout": 0.0,
+    "encoder_zero_mask": True,
+    "mask_channel_prob": 0.0,
+    "mask_channel_length": 64,
+    "ema_local_encoder": False,
+    "local_grad_mult": 1.0,
+    "use_alibi_encoder": False,
+    "alibi_scale": 1.0,
+    "learned_alibi": False,
+    "alibi_max_pos": None,
+    "learned_alibi_scale": False,
+    "learned_alibi_scale_per_head": False,
+    "learned_alibi_scale_per_layer": False,
+}
+OWN = {
+    "image": {
+        "type": "IMAGE",
+        "input_size": 224,
+        "in_chans": 3,
+        "patch_size": 16,
+        "embed_dim": 768,
+        "alibi_dims": 2,
+        "alibi_distance": "manhattan",
+        "fixed_positions": True,
+        "transformer_decoder": False,
+        "enc_dec_transformer": False,
+    },
+    "audio": {
+        "type": "AUDIO",
+        "extractor_mode": "layer_norm",
+        "feature_encoder_spec": "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]",
+        "conv_pos_width": 95,
+        "conv_pos_groups": 16,
+        "conv_pos_depth": 5,
+        "conv_pos_pre_ln": False,
+    },
+    "text": {
+        "type": "TEXT",
+        "max_source_positions": 512,
+        "learned_pos": True,
+        "dropout": 0.1,
+        "no_scale_embedding": True,
+        "layernorm_embedding": True,
+        "no_token_positional_embeddings": False,
+    },
+}
+TARGET = {
+    "loss_beta": 0.0,
+    "loss_scale": None,
+    "average_top_k_layers": 8,
+    "layer_norm_target_layer": False,
+    "batch_norm_target_layer": False,
+    "instance_norm_target_layer": False,
+    "instance_norm_targets": False,
+    "layer_norm_targets": False,
+    "ema_decay": 0.999,
+    "ema_end_decay": 0.9999,
+}
+MULTI = TARGET | {
+    "depth": 8,
+    "start_drop_path_rate": 0.0,
+    "end_drop_path_rate": 0.0,
+    "num_heads": 12,
+    "norm_eps": 1e-6,
+    "norm_affine": True,
+    "encoder_dropout": 0.1,
+    "post_mlp_drop": 0.1,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.0,
+    "dropout_input": 0.0,
+    "layerdrop": 0.0,
+    "embed_dim": 768,
+    "mlp_ratio": 4.0,
+    "layer_norm_first": False,
+    "end_of_block_targets": False,
+    "clone_batch": 1,
+    "ema_same_dtype": True,
+    "log_norms": True,
+    "ema_encoder_only": True,
+    "shared_decoder": None,
+    "min_target_var": 0.1,
+    "min_pred_var": 0.01,
+    "supported_modality": None,
+    "mae_init": False,
+    "skip_ema": False,
+    "cls_loss": 0.0,
+    "recon_loss": 0.0,
+    "d2v_loss": 1.0,
+    "decoder_group": False,
+}
+AUDIO_V1 = TARGET | {
+    "extractor_mode": "default",
+    "encoder_layers": 12,
+    "encoder_embed_dim": 768,
+    "encoder_ffn_embed_dim": 3072,
+    "encoder_attention_heads": 12,
+    "activation_fn": "gelu",
+    "layer_type": "transformer",
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.0,
+    "encoder_layerdrop": 0.0,
+    "dropout_input": 0.0,
+    "dropout_features": 0.0,
+    "final_dim": 0,
+    "layer_norm_first": False,
+    "conv_feature_layers": "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]",
+    "conv_bias": False,
+    "feature_grad_mult": 1.0,
+    "mask_length": 10,
+    "mask_prob": 0.65,
+    "mask_selection": "static",
+    "mask_other": 0.0,
+    "no_mask_overlap": False,
+    "mask_min_space": 1,
+    "require_same_masks": True,
+    "mask_dropout": 0.0,
+    "mask_channel_length": 10,
+    "mask_channel_prob": 0.0,
+    "mask_channel_before": False,
+    "mask_channel_selection": "static",
+    "mask_channel_other": 0.0,
+    "no_mask_channel_overlap": False,
+    "mask_channel_min_space": 1,
+    "conv_pos": 128,
+    "conv_pos_groups": 16,
+    "pos_conv_depth": 1,
+    "max_positions": 100000,
+    "checkpoint_activations": False,
+    "required_seq_len_multiple": 2,
+    "crop_seq_to_multiple": 1,
+    "pos_enc_type": "abs",
+    "group_norm_target_layer": False,
+    "ema_transformer_only": True,
+    "ema_layers_only": True,
+    "min_target_var": 0.1,
+    "min_pred_var": 0.01,
+}
+TEXT_V1 = TARGET | {
+    "head_layers": 1,
+    "load_checkpoint_heads": False,
+    "ema_transformer_layers_only": True,
+}
+TRANSFORMER_V1 = {
+    "activation_fn": "relu",
+    "dropout": 0.1,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "max_source_positions": 1024,
+    "layernorm_embedding": False,
+    "no_scale_embedding": False,
+    "no_token_positional_embeddings": False,
+}
+ENCODER_V1 = {
+    "embed_dim": 512,
+    "ffn_embed_dim": 2048,
+    "layers": 6,
+    "attention_heads": 8,
+    "normalize_before": False,
+    "learned_pos": False,
+    "layerdrop": 0.0,
+}
+
+
+def complete(name: str, cfg: dict[str, Any], modalities: list[str]) -> dict[str, Any]:
+    """The `model` section with every setting that we read; of data2vec_multi the given modalities only."""
+    if name == "data2vec_audio":
+        return AUDIO_V1 | cfg
+    if name == "data2vec_text":
+        flat = (
+            {} if "transformer" in cfg else cfg
+        )  # settings of a command line, before configurations had parts
+        transformer = TRANSFORMER_V1 | flat | (cfg.get("transformer") or {})
+        prefixed = {k: flat[f"encoder_{k}"] for k in ENCODER_V1 if f"encoder_{k}" in flat}
+        encoder = ENCODER_V1 | prefixed | (transformer.get("encoder") or {})
+        return TEXT_V1 | cfg | {"transformer": transformer | {"encoder": encoder}}
+    given = cfg.get("modalities") or {}
+    parts = {m: MODALITY | OWN[m] | (given.get(m) or {}) for m in modalities}
+    parts = {m: part | {"decoder": DECODER | (part.get("decoder") or {})} for m, part in parts.items()}
+    return MULTI | cfg | {"modalities": parts}
+
+
+def resolve(value: Any, root: dict[str, Any]) -> Any:
+    """The settings with references such as ${optimization.max_update} replaced by what they name in `root`;
+    None for one that leads nowhere."""
+    return follow(value, root, ())
+
+
+def follow(value: Any, root: dict[str, Any], seen: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {key: follow(item, root, seen) for key, item in value.items()}
+    if isinstance(value, list):
+        return [follow(item, root, seen) for item in value]
+    match = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+    if not match:
+        return value
+    path, found = match[1], root
+    for key in path.split("."):
+        if not isinstance(found, dict) or key not in found or path in seen:
+            return None
+        found = found[key]
+    return follow(found, root, (*seen, path))

@@ -1,0 +1,360 @@
+"""fairseq's checkpoints of data2vec, v1 and 2.0, pre-trained and fine-tuned, in and out; no fairseq is needed.
+
+A file tells its own configuration, which is used instead of any published recipe: the two differ for released models.
+BEiT-like files of v1 images tell none; d2v_ds.convert.beit reads their sizes off the tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from d2v_ds.config import explain
+from d2v_ds.convert import beit, fairseq, fairseq_v1
+from d2v_ds.convert.fairseq_defaults import complete, resolve
+from d2v_ds.convert.fairseq_training import our_training
+from d2v_ds.convert.fit import fit, listed
+from d2v_ds.convert.names import Names, Place, fuse
+from d2v_ds.convert.stored import Stored
+from d2v_ds.modalities import MODALITIES
+from d2v_ds.modalities.image.net import sincos_positions
+from d2v_ds.modalities.text.samples import PAD
+from d2v_ds.model.data2vec import TEACHER
+from d2v_ds.model.encoder import ModalityConfig
+from d2v_ds.model.heads import HEAD, HeadConfig
+from d2v_ds.model.layers import Body
+from d2v_ds.recipe import EMA, Recipe
+
+PRETRAINED = ("data2vec_multi", "data2vec_audio", "data2vec_text")
+SENTENCE = "classification_heads.sentence_classification_head"
+
+
+@dataclass
+class Tuned:
+    """How a fine-tuned model of fairseq holds the pre-trained one."""
+
+    kind: str
+    prefix: str
+    """Before the names of the encoder."""
+    inner: str
+    """The setting that holds the configuration of pre-training."""
+    head: Names
+    """Names of the head's tensors, ours without `head.`."""
+
+
+SENTENCE_HEAD = Names([(f"{SENTENCE}.dense.{{w}}", "dense.{w}"), (f"{SENTENCE}.out_proj.{{w}}", "proj.{w}")])
+TUNED = {
+    "mae_image_classification": Tuned(
+        "image_classification",
+        "model.",
+        "pretrained_model_args",
+        Names([("fc_norm.{w}", "norm.{w}"), ("head.{w}", "proj.{w}")]),
+    ),
+    "wav2vec_ctc": Tuned(
+        "ctc", "w2v_encoder.w2v_model.", "w2v_args", Names([("w2v_encoder.proj.{w}", "proj.{w}")])
+    ),
+    "data2vec_text_classification": Tuned(
+        "sentence_classification", "model.", "pretrained_model_args", SENTENCE_HEAD
+    ),
+}
+TUNED_IN_PLACE = Tuned(
+    "sentence_classification", "", "", SENTENCE_HEAD
+)  # v1 text: the same model, with a head
+
+
+def read_fairseq(path: str | Path) -> Stored:
+    """The model in a fairseq checkpoint, or in a BEiT-like file of v1 images.
+
+    Raises ValueError if the file is damaged, asks for more than tensors and containers, is of another model, or
+    does not fit its own configuration.
+    """
+    from d2v_ds.convert.unpickle import plain, read_torch_file
+
+    path = Path(path)
+    checkpoint = plain(read_torch_file(path))
+    try:
+        stored = from_dict(checkpoint)
+    except ValidationError as error:
+        raise explain(error, [], str(path)) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if (path.parent / "sentencepiece.model").is_file():
+        stored.files = path.parent
+    if stored.head is not None and stored.head.kind == "ctc":
+        stored.head.labels = letters(path.parent / "dict.ltr.txt", stored.head.outputs)
+    return stored
+
+
+def letters(path: Path, outputs: int) -> tuple[str, ...] | None:
+    """What CTC outputs mean, if the dictionary lies beside the model and has as many entries."""
+    if not path.is_file():
+        return None
+    words = tuple(line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    labels = ("<s>", "<pad>", "</s>", "<unk>", *words)
+    return labels if len(labels) == outputs else None
+
+
+def from_dict(checkpoint: Any) -> Stored:
+    """The model in a checkpoint that was read: containers, numbers, texts and tensors only."""
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"holds a {type(checkpoint).__name__}, must hold a checkpoint: a dict with `model`")
+    root, state = settings_of(checkpoint), flat_state(checkpoint)
+    if beit.is_beit(state):
+        return from_beit(checkpoint, state)
+    model, name = model_section(root)
+    if name in TUNED:
+        tuned, root = TUNED[name], inner_settings(model, TUNED[name])
+        model, name = model_section(root)
+    elif name == "data2vec_text" and any(key.startswith("classification_heads.") for key in state):
+        tuned = TUNED_IN_PLACE
+    else:
+        tuned = None
+    if name not in PRETRAINED:
+        raise ValueError(
+            f"{what_else(name, state)}; fairseq's {', '.join((*PRETRAINED, *TUNED))} can be read"
+        )
+    return from_fairseq(name, root, state, tuned, num_updates(checkpoint))
+
+
+def model_section(root: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    model = root.get("model")
+    model = model if isinstance(model, dict) else {}
+    return model, model.get("_name") or model.get("arch")
+
+
+def what_else(name: str | None, state: dict[str, Tensor]) -> str:
+    if name:
+        return f"holds a model {name!r}, which is no data2vec, or not a task of it that we have"
+    return (
+        "holds no configuration (`cfg`, or `args` with `arch`), so sizes cannot be known, and is no BEiT-like "
+        f"model of images; its tensors begin with {listed(list(state)[:3])}"
+    )
+
+
+def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The file's configuration, without references."""
+    settings = checkpoint.get("cfg") or checkpoint.get("args")
+    return in_parts(settings) if isinstance(settings, dict) else {}
+
+
+def in_parts(settings: dict[str, Any]) -> dict[str, Any]:
+    """A configuration by parts; the flat arguments of old files stand for each of the parts that we read."""
+    if not isinstance(settings.get("model"), dict):
+        settings = {part: settings for part in ("model", "task", "optimization", "optimizer", "lr_scheduler")}
+    return resolve(settings, settings)
+
+
+def inner_settings(model: dict[str, Any], tuned: Tuned) -> dict[str, Any]:
+    """The configuration of pre-training that a fine-tuned model holds."""
+    inner = model.get(tuned.inner)
+    if not isinstance(inner, dict) or not inner:
+        raise ValueError(
+            f"cfg.model.{tuned.inner} is empty: the configuration of pre-training is not in this file, so depth "
+            "and heads are unknown; give a file that fairseq saved during fine-tuning"
+        )
+    fairseq.refuse(model, prediction_mode="MEAN_POOLING", use_fc_norm=True, pooler_activation_fn="tanh")
+    return in_parts(inner)
+
+
+def flat_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Every tensor of the model by name, the teacher flat under `_ema.`.
+
+    Raises ValueError if there is no model, or something in it is no tensor.
+    """
+    state = next((checkpoint[key] for key in ("model", "module", "state_dict") if key in checkpoint), None)
+    if state is None and checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
+        state = checkpoint
+    if not isinstance(state, dict) or not state:
+        keys = listed([str(key) for key in checkpoint])
+        raise ValueError(
+            f"holds no model: a checkpoint has `model`, `module` or `state_dict`, this has {keys}"
+        )
+    if isinstance(checkpoint.get("_ema"), dict):
+        state = state | {"_ema": checkpoint["_ema"]}
+    flat: dict[str, Any] = {}
+    for name, value in state.items():
+        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    others = [str(name) for name, value in flat.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(f"model holds values that are no tensors: {listed(others)}")
+    if all(name.startswith("module.") for name in flat):  # of a model that was wrapped for several GPUs
+        flat = {name.removeprefix("module."): tensor for name, tensor in flat.items()}
+    return flat
+
+
+def num_updates(checkpoint: dict[str, Any]) -> int | None:
+    history = checkpoint.get("optimizer_history")
+    last = history[-1] if isinstance(history, list) and history else None
+    updates = last.get("num_updates") if isinstance(last, dict) else None
+    return updates if isinstance(updates, int) else None
+
+
+def from_fairseq(
+    name: str, root: dict[str, Any], state: dict[str, Tensor], tuned: Tuned | None, updates: int | None
+) -> Stored:
+    """`root`: the configuration of pre-training, also where fine-tuning followed (`tuned`)."""
+    head, heads = None, {}
+    if tuned is not None:
+        state, heads = split_head(state, tuned)
+        head = HeadConfig(kind=tuned.kind, outputs=heads["head.proj.weight"].shape[0])
+    version = read_v2 if name == "data2vec_multi" else read_v1
+    body, configs, tensors, unknown = version(name, root, state)
+    training = our_training(root, complete(name, root["model"], list(configs)))
+    recipe = Recipe(name=f"{name}_{'_'.join(configs)}", body=body, modalities=configs, **training)
+    tensors = fit(recipe, tensors | heads, head, tuple(unknown))
+    origin = f"fairseq {name}"
+    if tuned is not None:
+        origin += f", fine-tuned ({tuned.kind}{f', {updates} updates' if updates else ''})"
+    if "audio" in configs and (root.get("task") or {}).get("normalize") is False:
+        origin += ", trained on sound that was not normalised (ours always is)"
+    return Stored(
+        recipe,
+        tensors,
+        origin,
+        head=head,
+        step=None if tuned else updates,
+        weights="both" if any(key.startswith(TEACHER) for key in tensors) else "student",
+    )
+
+
+def split_head(state: dict[str, Tensor], tuned: Tuned) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The encoder's tensors under the names of pre-training, and the head's under ours."""
+    encoder, head = {}, {}
+    for name, tensor in state.items():
+        place = tuned.head.ours(
+            re.sub(r"(?<=^classification_heads\.)\w+", "sentence_classification_head", name)
+        )
+        if place is not None:
+            if HEAD + place.name in head:
+                raise ValueError(f"holds several heads, {name} belongs to another one; only one can be read")
+            head[HEAD + place.name] = tensor
+        else:
+            encoder[name.removeprefix(tuned.prefix)] = tensor
+    if HEAD + "proj.weight" not in head:
+        raise ValueError(f"has no tensor of its {tuned.kind} head; is the file complete?")
+    return encoder, head
+
+
+Read = tuple[Body, dict[str, ModalityConfig], dict[str, Tensor], list[str]]
+
+
+def read_v2(name: str, root: dict[str, Any], state: dict[str, Tensor]) -> Read:
+    """Configuration, our tensors and unknown names of data2vec_multi; only modalities that have tensors count,
+    since the configuration lists all."""
+    state = new_names(state)
+    found = dict.fromkeys(m[1] for key in state if (m := re.match(r"modality_encoders\.(\w+)\.", key)))
+    modalities = [modality.lower() for modality in found if modality.lower() in MODALITIES]
+    if not modalities:
+        raise ValueError("has no modality_encoders.AUDIO, .IMAGE or .TEXT; is the file complete?")
+    cfg = complete(name, root["model"], modalities)
+    if "text" in modalities:
+        cfg["modalities"]["text"] |= text_sizes(state, "modality_encoders.TEXT.local_encoder")
+    body, configs = fairseq.our_config(cfg)
+    if "image" in configs:
+        check_positions(state, body.dim, configs["image"].size // configs["image"].patch)
+    parts, unknown = {}, []
+    for key, tensor in state.items():
+        try:
+            ours = fairseq.our_name(key)
+        except ValueError:
+            unknown.append(key)
+            continue
+        if ours is not None:
+            parts[ours] = fairseq.our_tensor(key, tensor)
+    return body, configs, parts, unknown
+
+
+def new_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of the first, internal files as they were when the models were released."""
+    return {
+        re.sub(
+            r"\.positional_encoder\.(pos_embed|positions)$", ".fixed_positional_encoder.positions", name
+        ): t
+        for name, t in state.items()
+        if not name.endswith(".encoder_mask")
+    }
+
+
+def text_sizes(state: dict[str, Tensor], prefix: str) -> dict[str, int]:
+    """Vocabulary and longest text, which are rows of the embeddings: dictionaries lie outside the file."""
+    try:
+        tokens, positions = (state[f"{prefix}.{name}.weight"] for name in ("embed_tokens", "embed_positions"))
+    except KeyError as error:
+        raise ValueError(f"has no {error.args[0]}; is the file complete?") from error
+    return {"vocabulary": tokens.shape[0], "max_source_positions": positions.shape[0] - PAD - 1}
+
+
+def check_positions(state: dict[str, Tensor], dim: int, side: int) -> None:
+    """ValueError if the file's fixed positions are others than those that we compute."""
+    ours = sincos_positions(dim, side)
+    for name, tensor in state.items():
+        if fairseq.RECOMPUTED.fullmatch(name):
+            theirs = tensor.float().reshape(-1, tensor.shape[-1])
+            tolerance = 2 * torch.finfo(tensor.dtype).eps  # entries are at most 1
+            if theirs.shape != ours.shape or not bool(((theirs - ours).abs() <= tolerance + 1e-6).all()):
+                raise ValueError(
+                    f"{name} of shape {tuple(tensor.shape)} holds other positions than 2-d sines of {side} x {side} "
+                    "patches, which every released model has"
+                )
+
+
+def read_v1(name: str, root: dict[str, Any], state: dict[str, Tensor]) -> Read:
+    """As `read_v2`, of data2vec_audio or data2vec_text."""
+    modality = name.removeprefix("data2vec_")
+    cfg = complete(name, root["model"], [modality])
+    if modality == "text":
+        sizes = text_sizes(state, "encoder.sentence_encoder")
+        cfg |= {"vocabulary": sizes["vocabulary"]}
+        cfg["transformer"] |= {"max_source_positions": sizes["max_source_positions"]}
+    body, configs = fairseq_v1.our_config(cfg, root.get("task"))
+    parts: dict[Place, Tensor] = {}
+    unknown = []
+    for key, tensor in state.items():
+        try:
+            place = fairseq_v1.our_name(key)
+        except ValueError:
+            unknown.append(key)
+            continue
+        if place is not None:
+            parts[place] = tensor
+    return body, configs, fairseq_v1.one_layer_head(fuse(parts)), unknown
+
+
+def from_beit(checkpoint: dict[str, Any], state: dict[str, Tensor]) -> Stored:
+    """A BEiT-like file: v1 images, pre-trained or fine-tuned on classes."""
+    body, configs = beit.our_config(state)
+    tensors, unknown = beit.our_weights(state)
+    head = None
+    if "head.proj.weight" in tensors:
+        if "head.norm.weight" not in tensors:
+            raise ValueError("has a head but no fc_norm: only heads on the mean of the patches can be read")
+        head = HeadConfig(kind="image_classification", outputs=tensors["head.proj.weight"].shape[0])
+    average = checkpoint.get("model_ema")
+    if isinstance(average, dict) and head is None:
+        teacher, more = beit.our_weights(average)
+        unknown += more
+        tensors |= {TEACHER + key: t for key, t in teacher.items()}
+    if head is not None and not uses_imagenet_colours(checkpoint):
+        configs["image"].data.mean = configs["image"].data.std = (0.5, 0.5, 0.5)
+    ema = EMA(start=0.9998, end=0.9998, anneal_steps=0)
+    recipe = Recipe(name="data2vec_vision_image", body=body, modalities=configs, ema=ema)
+    tensors = fit(recipe, tensors, head, tuple(unknown))
+    return Stored(
+        recipe,
+        tensors,
+        "BEiT-like data2vec_vision" + (", fine-tuned (image_classification)" if head else ""),
+        head=head,
+        weights="both" if any(key.startswith(TEACHER) for key in tensors) else "student",
+    )
+
+
+def uses_imagenet_colours(checkpoint: dict[str, Any]) -> bool:
+    """Pixels were normalised by ImageNet's mean: pre-training was told to, fine-tuning was not unless it says so."""
+    arguments = checkpoint.get("args")
+    return isinstance(arguments, dict) and bool(arguments.get("imagenet_default_mean_and_std"))

@@ -1,0 +1,80 @@
+"""Do these tensors belong to the model that a recipe describes? Names and shapes are compared, nothing is guessed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from d2v_ds.modalities.build import build_model
+from d2v_ds.model.data2vec import TEACHER
+from d2v_ds.model.heads import HEAD, HeadConfig, build_head
+from d2v_ds.recipe import Recipe
+
+SHOWN = 20
+
+
+def shapes(recipe: Recipe, head: HeadConfig | None = None) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of the recipe's model, teacher and head included; no storage is made."""
+    with torch.device("meta"):
+        model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat)
+        named = dict(model.named_parameters())
+        if head is not None:
+            parameters = build_head(head, recipe.body.dim).named_parameters()
+            named |= {HEAD + name: parameter for name, parameter in parameters}
+    return {name: tuple(parameter.shape) for name, parameter in named.items()}
+
+
+def fit(
+    recipe: Recipe, tensors: dict[str, Tensor], head: HeadConfig | None = None, unknown: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """The tensors of the recipe's model, fp32 and each with memory of its own.
+
+    What only pre-training needs may be absent, each part as a whole: the teacher, a modality's decoder and, in a
+    fine-tuned model, the mask embedding and BEiT's norm after the last block. A teacher's copies of what it reads
+    from the student anyway are left out. Raises ValueError with the list of what is missing, unexpected (the
+    `unknown` names of the file too) or of another shape.
+    """
+    expected = shapes(recipe, head)
+    given = {name: tensor for name, tensor in tensors.items() if not is_live_copy(name, expected)}
+    for part in optional_parts(recipe, head):
+        if not any(name.startswith(part) for name in given):
+            expected = {name: shape for name, shape in expected.items() if not name.startswith(part)}
+    missing = [name for name in expected if name not in given]
+    unexpected = [*unknown, *(name for name in given if name not in expected)]
+    odd = [
+        f"{name} {tuple(given[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in given and tuple(given[name].shape) != shape
+    ]
+    problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", odd)]
+    if any(names for _, names in problems):
+        said = "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in problems if names)
+        raise ValueError(
+            f"the tensors do not fit the model that the configuration describes: {said}; is the file complete, and "
+            "of data2vec?"
+        )
+    return {name: owned(name, given[name]) for name in expected}
+
+
+def is_live_copy(name: str, expected: dict[str, tuple[int, ...]]) -> bool:
+    """The teacher's copy of a tensor that it does not own: ours reads the student's."""
+    return name.startswith(TEACHER) and name not in expected and name.removeprefix(TEACHER) in expected
+
+
+def optional_parts(recipe: Recipe, head: HeadConfig | None) -> list[str]:
+    parts = [TEACHER, *(f"decoders.{name}." for name in recipe.modalities)]
+    if head is not None:
+        parts += ["norm.", *(f"encoders.{name}.context.mask_token" for name in recipe.modalities)]
+    return parts
+
+
+def owned(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} holds {tensor.dtype}, must be floating point")
+    copy = tensor.detach().to(torch.float32).contiguous()
+    return copy if copy.untyped_storage().nbytes() == copy.numel() * 4 else copy.clone()
+
+
+def listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
