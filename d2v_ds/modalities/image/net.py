@@ -75,10 +75,11 @@ def relative_rows(side: int, extra_tokens: int) -> Tensor:
     Pairs of patches by their distance in rows and columns; the last three rows are for (extra, patch),
     (patch, extra) and (extra, extra), as in BEiT.
     """
-    rows, columns = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
+    steps = torch.arange(side, device="cpu")  # also while a model is built without storage
+    rows, columns = steps.repeat_interleave(side), steps.repeat(side)
     down, right = rows[:, None] - rows + side - 1, columns[:, None] - columns + side - 1
     num_distances = (2 * side - 1) ** 2
-    index = torch.full((extra_tokens + side * side,) * 2, num_distances + 2)
+    index = torch.full((extra_tokens + side * side,) * 2, num_distances + 2, device="cpu")
     index[extra_tokens:, extra_tokens:] = down * (2 * side - 1) + right
     index[:extra_tokens, extra_tokens:] = num_distances
     index[extra_tokens:, :extra_tokens] = num_distances + 1
