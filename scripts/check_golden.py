@@ -19,10 +19,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from d2v_ds.convert import fairseq_v1
 from d2v_ds.convert.fairseq import our_config, our_name, our_tensor, our_weights
 from d2v_ds.modalities.audio.samples import num_frames
 from d2v_ds.modalities.build import build_model
-from d2v_ds.model.batch import Batch, make_views
+from d2v_ds.modalities.text.samples import PAD
+from d2v_ds.model.batch import Batch, make_masked, make_views
 from d2v_ds.model.data2vec import Data2Vec
 from d2v_ds.model.decoder import fill_in
 from d2v_ds.model.layers import alibi_bias, alibi_slopes
@@ -63,14 +65,18 @@ def compare_number(
     )
 
 
-class Case:
-    """One recorded model with its batches."""
+def read_case(path: Path) -> Case:
+    info = json.loads(path.read_text())
+    return (Case if "data2vec_multi" in info["model"] else CaseV1)(path, info)
 
-    def __init__(self, path: Path):
-        self.info = json.loads(path.read_text())
+
+class Case:
+    """One recorded data2vec 2.0 model with its batches."""
+
+    def __init__(self, path: Path, info: dict):
+        self.info = info
         self.tensors = load_file(path.with_suffix(".tensors.safetensors"))
         self.weights = load_file(path.with_suffix(".weights.safetensors"))
-        self.version = 2 if "data2vec_multi" in self.info["model"] else 1
 
     def build(self) -> Data2Vec:
         cfg = self.info["resolved_config"]
@@ -90,11 +96,14 @@ class Case:
         source = get("source").long() if self.modality == "text" else get("source")
         padding = get("padding_mask")
         if padding is not None and self.modality == "audio":
-            frames = get("local_features").shape[1]
-            valid = torch.tensor([num_frames(int(n), self.config.conv_layers) for n in (padding == 0).sum(1)])
-            padding = torch.arange(frames)[None] >= valid[:, None]
+            padding = self.frame_padding(padding, get("local_features").shape[1])
         padding = None if padding is None else padding.bool()
         return Batch(self.modality, source, padding, **make_views(get("mask").bool()))
+
+    def frame_padding(self, padding: Tensor, frames: int) -> Tensor:
+        """Of samples (B, S) -> of frames (B, T)."""
+        valid = torch.tensor([num_frames(int(n), self.config.conv_layers) for n in (padding == 0).sum(1)])
+        return torch.arange(frames)[None] >= valid[:, None]
 
     def rows(self) -> Iterator[Row]:
         model = self.build()
@@ -195,7 +204,7 @@ class Case:
         parameters = dict(model.named_parameters())
         slack = 1e-6 * recorded["grad_global_l2"]
         for name, norm in recorded["grad_l2"].items():
-            gradient = parameters[our_name(name)].grad
+            gradient = self.part(name, {n: p.grad for n, p in parameters.items()})
             ours = 0.0 if gradient is None else gradient.double().norm().item()
             yield Row(f"grad_l2.{name}", abs(ours - norm), abs(ours - norm) / (1e-3 * norm + slack))
             full = self.tensors.get(f"{prefix}grad.{name}")
@@ -211,6 +220,10 @@ class Case:
             .item()
         )
         yield compare_number("grad_global_l2", total, recorded["grad_global_l2"], rtol=1e-3)
+
+    def part(self, name: str, tensors: dict[str, Tensor | None]) -> Tensor | None:
+        """Our tensor that stands for a recorded name."""
+        return tensors[our_name(name)]
 
     @torch.no_grad()
     def check_features(self, model: Data2Vec, batch: Batch, prefix: str) -> Iterator[Row]:
@@ -246,6 +259,95 @@ class Case:
                 yield compare(key, teacher[our_name(name)].detach(), our_tensor(name, reference), 0, 1e-6)
 
 
+class CaseV1(Case):
+    """One recorded data2vec v1 model of speech or text."""
+
+    def build(self) -> Data2Vec:
+        cfg = dict(self.info["resolved_config"])
+        if "transformer" in cfg:
+            cfg["vocabulary"] = self.weights["encoder.sentence_encoder.embed_tokens.weight"].shape[0]
+        body, configs = fairseq_v1.our_config(cfg)
+        ((self.modality, self.config),) = configs.items()
+        model = build_model(body, configs, fairseq_compat=True)
+        model.load_state_dict(fairseq_v1.our_weights(self.weights, self.config.teacher), strict=True)
+        return model.train()
+
+    def batch(self, prefix: str) -> Batch:
+        get = lambda key: self.tensors.get(prefix + key)  # noqa: E731
+        mask, padding = get("mask").bool(), get("padding_mask")
+        if self.modality == "audio":
+            source = get("source")
+            padding = None if padding is None else self.frame_padding(padding, mask.shape[1])
+        else:  # the recorded input has <mask> in it, the targets what stood there
+            source = torch.where(mask, get("target_tokens"), get("src_tokens")).long()
+            padding = source == PAD
+        padding = padding if padding is not None and bool(padding.any()) else None
+        return Batch(self.modality, source, padding, **make_masked(mask))
+
+    @torch.no_grad()
+    def check_parts(self, model: Data2Vec, batch: Batch, prefix: str) -> Iterator[Row]:
+        local = model.encoders[self.modality].local(batch.source) if self.modality == "audio" else None
+        real = torch.ones_like(batch.mask_NT) if batch.padding_BT is None else ~batch.padding_BT
+        hidden = model.see_views(batch, local)
+        yield compare("enc_out", hidden[real], self.tensors[prefix + "enc_out"][real], **TIGHT)
+        taught = model.masked_alone(batch) if self.modality == "text" else batch
+        _, layers = model.teach(taught, local)
+        real = batch.mask_NT if self.modality == "text" else real
+        for i, layer in enumerate(layers[-self.config.target.top_k :]):
+            if f"{prefix}teacher_layer.{i}" in self.tensors:
+                reference = self.tensors[f"{prefix}teacher_layer.{i}"]
+                yield compare(f"teacher_layer.{i}", layer[real], reference[real], **TIGHT)
+
+    def check_step(self, model: Data2Vec, batch: Batch, prefix: str, recorded: dict) -> Iterator[Row]:
+        model.zero_grad()
+        out, scalars = model(batch), recorded["scalars"]
+        counts = (
+            torch.ones_like(batch.masked_NJ, dtype=torch.bool) if out.counts_NJ is None else out.counts_NJ
+        )
+        pred, target = out.pred_NJD[counts], out.target_NJD[counts]
+        yield compare("pred", pred, self.tensors[prefix + "pred"], **LOOSE)
+        yield compare("y", target, self.tensors[prefix + "y"], **LOOSE)
+        yield compare_number("sample_size", out.sample_size.item(), scalars["sample_size"])
+        yield compare_number("total_loss", out.loss.item(), scalars["total_loss"])
+        for key, tensor in (("pred_var", pred), ("target_var", target)):
+            if key in scalars:
+                spread = (tensor.var(dim=0) + 1e-6).sqrt().mean()
+                yield compare_number(key, spread.item(), scalars[key], rtol=1e-4)
+        (out.loss / out.sample_size).backward()
+        yield from self.check_gradients(model, prefix, recorded)
+
+    def part(self, name: str, tensors: dict[str, Tensor | None]) -> Tensor | None:
+        place = fairseq_v1.our_name(name)
+        tensor = None if place is None else tensors[place.name]
+        return None if tensor is None else place.of(tensor)
+
+    @torch.no_grad()
+    def check_features(self, model: Data2Vec, batch: Batch, prefix: str) -> Iterator[Row]:
+        outputs, ffns = model.eval().encode(batch)
+        model.train()
+        real = torch.ones_like(batch.mask_NT) if batch.padding_BT is None else ~batch.padding_BT
+        recorded = {f"block_out.{i}": x for i, x in enumerate(outputs)}
+        recorded |= {f"layer_result.{i}": x for i, x in enumerate(ffns)} | {"x": outputs[-1]}
+        for name, ours in recorded.items():
+            if f"{prefix}feat.{name}" in self.tensors:
+                yield compare(f"feat.{name}", ours[real], self.tensors[f"{prefix}feat.{name}"][real], **TIGHT)
+        if f"{prefix}feat.padding_mask" in self.tensors:
+            yield compare("feat.padding_mask", ~real, self.tensors[f"{prefix}feat.padding_mask"], 0, 0.5)
+
+    @torch.no_grad()
+    def check_ema(self, model: Data2Vec) -> Iterator[Row]:
+        """What the teacher does not own is the student's own tensor, a copy in the original."""
+        model.follow(self.info["ema_step"]["decay_used"])
+        values = dict(model.named_parameters())
+        prefix = "_ema." if self.modality == "audio" else "encoder._ema."
+        for key, reference in self.tensors.items():
+            name = prefix + key.removeprefix("ema_after.")
+            place = fairseq_v1.our_name(name) if key.startswith("ema_after.") else None
+            if place is not None:
+                owned = place.name if place.name in values else place.name.removeprefix("teacher.")
+                yield compare(key, place.of(values[owned].detach()), reference, 0, 1e-6)
+
+
 def prefixed(batch: str, row: Row) -> Row:
     return Row(f"{batch}.{row.quantity}", row.max_difference, row.error)
 
@@ -275,17 +377,14 @@ def main() -> int:
     arguments = parser.parse_args()
     misses = 0
     for path in find_cases(arguments.folder):
-        case = Case(path)
-        if case.version == 1:
-            print(f"{path.stem:24} skipped: a data2vec v1 case, and v1 is not built yet")
-            continue
-        rows = list(case.rows())
+        rows = list(read_case(path).rows())
         misses += sum(not row.error <= 1 for row in rows)
         shown = sorted(rows, key=lambda row: -row.error)[: arguments.worst] if arguments.worst else rows
         for row in shown:
             verdict = "ok" if row.error <= 1 else "MISS"
             print(
-                f"{path.stem:24} {row.quantity:72} diff {row.max_difference:9.2e}  {row.error:9.2e} of tolerance  {verdict}"
+                f"{path.stem:24} {row.quantity:72} diff {row.max_difference:9.2e}  "
+                f"{row.error:9.2e} of tolerance  {verdict}"
             )
         print(
             f"{path.stem:24} {len(rows)} quantities, {sum(not row.error <= 1 for row in rows)} out of tolerance"

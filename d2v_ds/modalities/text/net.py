@@ -36,12 +36,14 @@ class TokenEmbed(nn.Module):
         self.positions = nn.Embedding(config.max_tokens + PAD + 1, dim, padding_idx=PAD)
         self.norm = nn.LayerNorm(dim, eps=norm_eps) if config.embed_norm else nn.Identity()
         self.dropout = nn.Dropout(config.embed_dropout)
+        self.zeroes_padding = config.view == "masked"  # as v1 does
 
     def forward(self, source: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, D)."""
         is_token = source != PAD
         positions = is_token.long().cumsum(dim=1) * is_token + PAD
-        return self.dropout(self.norm(self.tokens(source) + self.positions(positions)))
+        x = self.dropout(self.norm(self.tokens(source) + self.positions(positions)))
+        return x.masked_fill(~is_token[:, :, None], 0) if self.zeroes_padding else x
 
 
 def build_encoder(config: TextConfig, body: Body, fairseq_compat: bool) -> ModalityEncoder:
