@@ -7,7 +7,6 @@ BEiT-like files of v1 images tell none; d2v_ds.convert.beit reads their sizes of
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ from d2v_ds.config import explain
 from d2v_ds.convert import beit, fairseq, fairseq_v1
 from d2v_ds.convert.fairseq_defaults import complete, resolve
 from d2v_ds.convert.fairseq_training import our_training
+from d2v_ds.convert.fairseq_tuned import TUNED, TUNED_IN_PLACE, Tuned
+from d2v_ds.convert.fairseq_write import write_fairseq
 from d2v_ds.convert.fit import fit, listed
-from d2v_ds.convert.names import Names, Place, fuse
+from d2v_ds.convert.names import Place, fuse
 from d2v_ds.convert.stored import Stored
 from d2v_ds.modalities import MODALITIES
 from d2v_ds.modalities.image.net import sincos_positions
@@ -31,41 +32,8 @@ from d2v_ds.model.heads import HEAD, HeadConfig
 from d2v_ds.model.layers import Body
 from d2v_ds.recipe import EMA, Recipe
 
+__all__ = ["read_fairseq", "write_fairseq"]
 PRETRAINED = ("data2vec_multi", "data2vec_audio", "data2vec_text")
-SENTENCE = "classification_heads.sentence_classification_head"
-
-
-@dataclass
-class Tuned:
-    """How a fine-tuned model of fairseq holds the pre-trained one."""
-
-    kind: str
-    prefix: str
-    """Before the names of the encoder."""
-    inner: str
-    """The setting that holds the configuration of pre-training."""
-    head: Names
-    """Names of the head's tensors, ours without `head.`."""
-
-
-SENTENCE_HEAD = Names([(f"{SENTENCE}.dense.{{w}}", "dense.{w}"), (f"{SENTENCE}.out_proj.{{w}}", "proj.{w}")])
-TUNED = {
-    "mae_image_classification": Tuned(
-        "image_classification",
-        "model.",
-        "pretrained_model_args",
-        Names([("fc_norm.{w}", "norm.{w}"), ("head.{w}", "proj.{w}")]),
-    ),
-    "wav2vec_ctc": Tuned(
-        "ctc", "w2v_encoder.w2v_model.", "w2v_args", Names([("w2v_encoder.proj.{w}", "proj.{w}")])
-    ),
-    "data2vec_text_classification": Tuned(
-        "sentence_classification", "model.", "pretrained_model_args", SENTENCE_HEAD
-    ),
-}
-TUNED_IN_PLACE = Tuned(
-    "sentence_classification", "", "", SENTENCE_HEAD
-)  # v1 text: the same model, with a head
 
 
 def read_fairseq(path: str | Path) -> Stored:

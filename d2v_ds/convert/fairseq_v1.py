@@ -27,10 +27,9 @@ LAYER = [
     ("layers.{i}.fc2.{w}", "blocks.{i}.mlp.fc2.{w}"),
     ("layers.{i}.final_layer_norm.{w}", "blocks.{i}.norm2.{w}"),
 ]
-NAMES = Names(
-    [
+PAIRS = {
+    "audio": [
         *((f"encoder.{theirs}", ours) for theirs, ours in LAYER),
-        *((f"encoder.sentence_encoder.{theirs}", ours) for theirs, ours in LAYER),
         ("mask_emb", "encoders.audio.context.mask_token"),
         ("feature_extractor.conv_layers.{i}.0.weight", "encoders.audio.local.convs.{i}.weight"),
         ("feature_extractor.conv_layers.{i}.2.1.{w}", "encoders.audio.local.norms.{i}.{w}"),
@@ -39,12 +38,20 @@ NAMES = Names(
         ("encoder.pos_conv.{i}.0.{w}", "encoders.audio.context.conv_positions.convs.{i}.conv.{w}"),
         ("encoder.layer_norm.{w}", "encoders.audio.context.norm.{w}"),
         ("final_proj.{w}", "decoders.audio.proj.{w}"),
+    ],
+    "text": [
+        *((f"encoder.sentence_encoder.{theirs}", ours) for theirs, ours in LAYER),
         ("encoder.sentence_encoder.embed_tokens.weight", "encoders.text.local.tokens.weight"),
         ("encoder.sentence_encoder.embed_positions.weight", "encoders.text.local.positions.weight"),
         ("encoder.sentence_encoder.layernorm_embedding.{w}", "encoders.text.local.norm.{w}"),
         ("encoder.regression_head.{i}.{w}", "decoders.text.proj.{i}.{w}"),
-    ]
-)
+        (
+            "encoder.regression_head.0.{w}",
+            "decoders.text.proj.{w}",
+        ),  # a head of one layer; see one_layer_head
+    ],
+}
+NAMES = Names(pair for pairs in PAIRS.values() for pair in pairs)
 VERSION = "encoder.sentence_encoder.version"
 # the teacher is named relative to what it copies
 TEACHERS = {"_ema.": "encoder.", "encoder._ema.": "encoder.sentence_encoder."}
