@@ -1,120 +1,192 @@
-"""`d2v_ds.load(path)`: a trained model in three lines, from a run folder or an export."""
+"""`d2v_ds.load(path)`: a trained model in three lines, from whatever it is stored in.
+
+`read(path)` finds out what lies there, and gives it whole; `load(path)` makes an encoder of it.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from d2v_ds.convert.consolidate import FORMAT, collect_weights, find_checkpoint, tokenizers
+from d2v_ds.convert.features import Encoder, Features, mean_pool
+from d2v_ds.convert.fit import fit
+from d2v_ds.convert.stored import Stored
 from d2v_ds.modalities import samples_class
 from d2v_ds.modalities.build import build_model
-from d2v_ds.model.batch import Batch
-from d2v_ds.model.data2vec import TEACHER, Data2Vec
-from d2v_ds.recipe import Recipe
+from d2v_ds.model.data2vec import TEACHER
+from d2v_ds.model.heads import HEAD, HeadConfig, build_head
+from d2v_ds.recipe import Recipe, validated
+
+__all__ = ["Encoder", "Features", "load", "mean_pool", "read"]
+
+ACCEPTED = (
+    "a run folder (checkpoints/NAME), a step_* folder in one, an export of ours or of Hugging Face's (a folder with "
+    "config.json), or a fairseq checkpoint (a .pt file)"
+)
+
+EXPORT = "export of "
+
+log = logging.getLogger(__name__)
 
 
-class Features(NamedTuple):
-    x: Tensor
-    """The last block's output without extra tokens, (B, T, D)."""
-    layers: list[Tensor]
-    """Every shared block's output without extra tokens, each (B, T, D)."""
-    pooled: Tensor
-    """Mean of `x` over real tokens, (B, D)."""
-    mask: Tensor
-    """Bool (B, T), True = padding."""
+def load(
+    path: str | Path,
+    modality: str | None = None,
+    weights: str | None = None,
+    fairseq_compat: bool | None = None,
+    device: str | torch.device | None = None,
+) -> Encoder:
+    """The encoder stored at `path`: a run folder (its newest whole checkpoint), a step_* folder, an export, a
+    fairseq checkpoint or a Hugging Face folder. `origin` and `repr` of it say which.
 
+    `modality` is needed only if the model has several. `weights`: student or teacher; unsaid, the student's, or
+    what the file holds. `fairseq_compat`: padding as the original has it, where it changes features (docs/use.md);
+    unsaid, as the run's recipe says, and False for imported weights. `device`: unsaid, the CPU.
 
-class Encoder(nn.Module):
-    """A trained encoder of one modality; `extract(x)` takes raw input."""
-
-    def __init__(self, model: Data2Vec, modality: str, samples: Any, recipe: Recipe):
-        super().__init__()
-        self.model, self.modality, self.samples, self.recipe = model, modality, samples, recipe
-
-    @torch.no_grad()
-    def extract(self, x: Any, all: bool = False) -> Tensor | Features:  # noqa: A002  (the public name)
-        """Features (B, T, D) of raw input, or with `all` every layer, pooled features and the padding mask.
-
-        `x`: one item or a list: PIL images (or tensors (3, H, W) already normalised), 16 kHz mono waveforms,
-        texts or token ids. Unequal lengths are padded; padding changes nothing.
-        """
-        batch = self.batch(x)
-        outputs, _ = self.model.eval().encode(batch)
-        extra = self.model.configs[self.modality].extra_tokens
-        layers = [layer[:, extra:] for layer in outputs]
-        mask = batch.padding_BT
-        if mask is None:
-            mask = torch.zeros(layers[-1].shape[:2], dtype=torch.bool, device=layers[-1].device)
-        if not all:
-            return layers[-1]
-        return Features(layers[-1], layers, mean_pool(layers[-1], mask), mask)
-
-    def batch(self, x: Any) -> Batch:
-        items = list(x) if is_several(x) else [x]
-        prepared = [self.samples.prepare(item) for item in items]
-        parameter = next(self.model.parameters())
-        return self.samples.pad(prepared).to(parameter.device, parameter.dtype)
-
-
-def mean_pool(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    real = (~mask_BT).to(x_BTD.dtype)[:, :, None]
-    return (x_BTD * real).sum(dim=1) / real.sum(dim=1)
-
-
-def is_several(x: Any) -> bool:
-    """A list or tuple of items, or a batch of images (B, 3, H, W) or of waveforms or ids (B, S)."""
-    if isinstance(x, Tensor):
-        return x.ndim in (2, 4)
-    return isinstance(x, (list, tuple)) and not (x and isinstance(x[0], int))
-
-
-def load(path: str | Path, modality: str | None = None, weights: str | None = None) -> Encoder:
-    """The encoder stored at `path`: a run folder (its newest checkpoint), a step_* folder, or an export.
-
-    `modality` is needed only if the model has several. `weights`: student or teacher; the student's where
-    nothing is said, or what the export holds. Raises ValueError if nothing known is there.
+    Raises ValueError if nothing known is there, or not what was asked for.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
+    where = None if device is None else check_device(device)
+    stored = read(path, weights)
+    if weights is None and stored.weights == "both":
+        stored = choose_weights(stored, "student", path)
+    name = choose_modality(stored.recipe, modality, path)
+    encoder = build_encoder(stored, name, path, fairseq_compat).to(where)
+    log.info("loaded %r", encoder)
+    return encoder
+
+
+def read(path: str | Path, weights: str | None = None) -> Stored:
+    """Everything that is stored at `path`, or of it the student's or the teacher's `weights`.
+
+    Raises ValueError that says what was found and what can be read, or whose weights there are.
+    """
+    path = Path(path).expanduser()
+    if weights not in (None, "student", "teacher", "both"):
+        raise ValueError(f"weights={weights!r} must be student, teacher or both")
     if not path.exists():
-        raise ValueError(
-            f"{path} does not exist; give a run folder such as checkpoints/image_base, or an export"
-        )
-    if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
-        recipe, tensors, files = read_export(path, weights)
+        raise ValueError(f"{path} does not exist; give {ACCEPTED}")
+    if path.is_file():
+        stored = read_file(path)
+    elif (path / "config.json").is_file():
+        stored = read_exported(path)
+    elif (path / "manifest.json").is_file() or any(path.glob("step_*")):
+        stored = read_run(path, weights or "both")
     else:
-        checkpoint = find_checkpoint(path)
-        recipe = Recipe(**checkpoint.loop["recipe"])
-        tensors, files = collect_weights(checkpoint, weights or "student"), checkpoint.folder.parent
-    name = choose_modality(recipe, modality, path)
-    model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat, has_teacher=False)
-    model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(TEACHER)}, strict=True)
-    config = recipe.modalities[name]
-    found = tokenizers(files)
-    if found and hasattr(config.data, "tokenizer"):
-        config.data.tokenizer = str(found[0])
-    return Encoder(model.eval(), name, samples_class(name)(config, files), recipe)
+        raise ValueError(f"{path} holds no checkpoint: {what_lies_in(path)}; give {ACCEPTED}")
+    return stored if weights is None else choose_weights(stored, weights, path)
 
 
-def read_export(path: Path, weights: str | None) -> tuple[Recipe, dict[str, Tensor], Path]:
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if config.get("format") != FORMAT:
+def read_run(path: Path, weights: str) -> Stored:
+    checkpoint = find_checkpoint(path)
+    return Stored(
+        Recipe(**checkpoint.loop["recipe"]),
+        collect_weights(checkpoint, weights),
+        f"run, {checkpoint.folder.name}",
+        files=checkpoint.folder.parent,
+        step=checkpoint.loop["step"],
+        weights=weights,
+    )
+
+
+def read_exported(path: Path) -> Stored:
+    """A folder with a config.json, which says whose it is."""
+    config = read_config(path)
+    if config.get("format") == FORMAT:
+        return read_export(path, config)
+    if config.get("model_type") or config.get("architectures"):
+        from d2v_ds.convert.huggingface import read_huggingface
+
+        return read_huggingface(path)
+    raise ValueError(
+        f"{path}/config.json has neither format {FORMAT!r} nor a model_type, but "
+        f"{', '.join(sorted(map(str, config))[:8]) or 'nothing'}; give {ACCEPTED}"
+    )
+
+
+def read_export(path: Path, config: dict[str, Any]) -> Stored:
+    """Ours: config.json, model.safetensors and what the input needs."""
+    file = path / "model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{path} has a config.json but no model.safetensors; export the run again")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); export the run again") from error
+    recipe = validated(config["recipe"], f"{path}/config.json")
+    head = HeadConfig(**config["head"]) if config.get("head") else None
+    try:
+        tensors = fit(recipe, tensors, head)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return Stored(
+        recipe,
+        tensors,
+        EXPORT + (config.get("origin") or f"run, step_{config['step']:08d}").removeprefix(EXPORT),
+        files=path,
+        head=head,
+        step=config["step"],
+        weights=config["weights"],
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}/config.json is no JSON: {error}") from error
+    if not isinstance(config, dict):
         raise ValueError(
-            f"{path}/config.json has format {config.get('format')!r}, must be {FORMAT!r}: "
-            "it was not written by `d2v export`"
+            f"{path}/config.json holds a {type(config).__name__}, must hold a model's configuration"
         )
-    held, tensors = config["weights"], load_file(path / "model.safetensors")
-    if held != "both" and weights not in (None, held):
+    return config
+
+
+def read_file(path: Path) -> Stored:
+    if path.suffix in (".safetensors", ".json", ".model", ".onnx", ".yaml", ".yml"):
         raise ValueError(
-            f"{path} holds the {held}'s weights, not the {weights}'s; export the run with --weights {weights} or both"
+            f"{path} is one file of several or no checkpoint; give the folder it lies in, {path.parent}, "
+            f"if that is {ACCEPTED}"
         )
-    if held == "both" and weights == "teacher":
-        tensors |= {k.removeprefix(TEACHER): v for k, v in tensors.items() if k.startswith(TEACHER)}
-    return Recipe(**config["recipe"]), tensors, path
+    from d2v_ds.convert.fairseq_file import read_fairseq
+
+    return read_fairseq(path)
+
+
+def what_lies_in(path: Path) -> str:
+    names = sorted(p.name + "/" * p.is_dir() for p in path.iterdir())
+    if not names:
+        return "it is empty"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"it has no step_* folder and no config.json, but {', '.join(names[:5])}{more}"
+
+
+def choose_weights(stored: Stored, weights: str, path: Path) -> Stored:
+    """The student's or the teacher's alone, under the student's names; the student's own where the teacher has none."""
+    held = stored.weights
+    if weights == held:
+        return stored
+    if held != "both" and weights == "both":
+        raise ValueError(
+            f"{path} holds the {held}'s weights alone; of a run, export them with --weights both"
+        )
+    if held != "both":
+        raise ValueError(
+            f"{path} holds the {held}'s weights, not the {weights}'s; of a run, export them with "
+            f"--weights {weights} or both"
+        )
+    teacher = {k.removeprefix(TEACHER): t for k, t in stored.tensors.items() if k.startswith(TEACHER)}
+    tensors = {k: t for k, t in stored.tensors.items() if not k.startswith(TEACHER)}
+    return replace(stored, tensors=tensors | teacher if weights == "teacher" else tensors, weights=weights)
 
 
 def choose_modality(recipe: Recipe, modality: str | None, path: Path) -> str:
@@ -124,3 +196,86 @@ def choose_modality(recipe: Recipe, modality: str | None, path: Path) -> str:
     if modality is not None and modality not in names:
         raise ValueError(f"{path} holds {', '.join(names)}, not {modality!r}")
     return modality or names[0]
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say unknown, absent, not compiled in
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device {str(device)!r} cannot be used: {reason}; leave it out for the CPU"
+        ) from error
+
+
+def build_encoder(stored: Stored, name: str, path: Path, fairseq_compat: bool | None = None) -> Encoder:
+    """The encoder of one modality: no teacher, no decoder, no mask embedding, not the other modalities."""
+    recipe = stored.recipe
+    config = recipe.modalities[name].model_copy(deep=True)
+    compat = recipe.fairseq_compat if fairseq_compat is None else fairseq_compat
+    with torch.random.fork_rng(devices=[]):  # loading must not move the user's random numbers
+        model = build_model(recipe.body, {name: config}, compat, has_teacher=False)
+    model.decoders = nn.ModuleDict()
+    model.encoders[name].context.mask_token = None
+    if "norm.weight" not in stored.tensors:  # of v1 images; classification has a norm of its own in its place
+        model.norm = nn.Identity()
+    assign(model, stored.tensors, path)
+    head = None
+    if stored.head is not None:
+        head = build_head(stored.head, recipe.body.dim)
+        assign(head, {k.removeprefix(HEAD): t for k, t in stored.tensors.items() if k.startswith(HEAD)}, path)
+    return Encoder(
+        model.eval(),
+        name,
+        build_samples(name, config, stored.files),
+        recipe,
+        origin=f"{path} ({stored.origin}; the {stored.weights}'s weights)",
+        head=head,
+        head_config=stored.head,
+    )
+
+
+def assign(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """The module's parameters become these tensors, without a copy."""
+    names = [name for name, _ in module.named_parameters()]
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} of {len(names)} tensors: {', '.join(missing[:20])}")
+    module.load_state_dict({name: tensors[name] for name in names}, assign=True)
+
+
+def build_samples(name: str, config: Any, files: Path | None) -> Any:
+    """What prepares input; text without a tokenizer takes ids alone."""
+    if not hasattr(config.data, "tokenizer"):
+        return samples_class(name)(config, files)
+    found = tokenizers(files) if files else []
+    if found:
+        config.data.tokenizer = str(found[0])
+    elif files and ((files / "tokenizer.json").is_file() or (files / "vocab.json").is_file()):
+        return samples_class(name)(config, files, ForeignTokenizer(files))
+    elif not Path(config.data.tokenizer).is_file():
+        return samples_class(name)(config, files, NoTokenizer())
+    return samples_class(name)(config, files)
+
+
+class NoTokenizer:
+    """Of weights that came without one."""
+
+    def encode(self, text: str) -> list[int]:
+        raise ValueError(
+            "these weights came without a tokenizer, so text cannot be read; give token ids, with <s> (0) first and "
+            "</s> (2) last, or put its sentencepiece.model beside the weights"
+        )
+
+
+class ForeignTokenizer:
+    """The tokenizer of a Hugging Face folder."""
+
+    def __init__(self, folder: Path):
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without <s> and </s>."""
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)

@@ -1,6 +1,6 @@
 """The modalities: one folder each, which says how to read its samples, embed and mask them, and which recipes exist.
 
-To add one: a folder with `net.py`, `samples.py`, `recipes.py`, and a line in `MODALITIES`.
+To add one: a folder with `net.py`, `samples.py`, `inputs.py`, `recipes.py`, and a line in `MODALITIES`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ MODALITIES = {
 def net(name: str) -> ModuleType:
     """The module with a modality's `build_encoder`, `init_encoder`, `build_decoder`, `init_decoder`."""
     return import_module(f"d2v_ds.modalities.{known(name)}.net")
+
+
+def inputs(name: str) -> ModuleType:
+    """The module with a modality's `listed` and `prepare`: what users give -> rows that the model takes."""
+    return import_module(f"d2v_ds.modalities.{known(name)}.inputs")
 
 
 def config_class(name: str) -> type:

@@ -25,7 +25,7 @@ from d2v_ds.kernels.targets import make_targets
 from d2v_ds.model.batch import Batch
 from d2v_ds.model.decoder import Decoder, fill_in
 from d2v_ds.model.encoder import ModalityConfig, ModalityEncoder
-from d2v_ds.model.layers import Body, build_blocks, draw_layerdrop, run_blocks
+from d2v_ds.model.layers import Body, build_blocks, draw_layerdrop, run_blocks, walk_blocks
 from d2v_ds.model.loss import regression
 
 TEACHER = "teacher."
@@ -231,11 +231,15 @@ class Data2Vec(nn.Module):
 
         Features are `norm` of the last output: the identity but for a body with norms first.
         """
+        outputs, ffns = zip(*self.walk(batch), strict=True)
+        return list(outputs), list(ffns)
+
+    def walk(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `encode` gives, one block at a time: whoever needs the last alone holds the last alone."""
         encoder = self.encoders[batch.modality]
         x, biases, padding = encoder.context(encoder.local(batch.source), batch, False)
         drops = [False] * len(self.blocks)
-        _, outputs, ffns = run_blocks(self.blocks, x, biases, padding, drops, len(encoder.context.blocks))
-        return outputs, ffns
+        yield from walk_blocks(self.blocks, x, biases, padding, drops, len(encoder.context.blocks))
 
     def followed(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """(name, student parameter, teacher parameter) of everything the teacher owns."""

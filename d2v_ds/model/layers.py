@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal
 
@@ -220,6 +221,23 @@ def draw_layerdrop(layers: int, rate: float, seed: int, stack: str) -> list[bool
     return [rate > 0 and draw.random() < rate for _ in range(layers)]
 
 
+def walk_blocks(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    biases: tuple[Tensor, ...],
+    padding: Tensor | None,
+    drops: list[bool],
+    first_layer: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each block's output and feed-forward output, one block at a time."""
+    for i, block in enumerate(blocks):
+        if drops[i]:
+            continue
+        bias = biases[min(first_layer + i, len(biases) - 1)] if biases else None
+        x, ffn = block(x, bias, padding)
+        yield x, ffn
+
+
 def run_blocks(
     blocks: nn.ModuleList,
     x: Tensor,
@@ -230,11 +248,7 @@ def run_blocks(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The last output, every block's output, and every block's feed-forward output."""
     outputs, ffns = [], []
-    for i, block in enumerate(blocks):
-        if drops[i]:
-            continue
-        bias = biases[min(first_layer + i, len(biases) - 1)] if biases else None
-        x, ffn = block(x, bias, padding)
+    for x, ffn in walk_blocks(blocks, x, biases, padding, drops, first_layer):  # noqa: B020  (each block's input)
         outputs.append(x)
         ffns.append(ffn)
     return x, outputs, ffns

@@ -32,9 +32,13 @@ class TextSamples:
 
     min_length = 1
 
-    def __init__(self, config: Any, folder: Path):
+    def __init__(self, config: Any, folder: Path, tokenizer: Any = None):
+        """`tokenizer`: an object whose `encode(text)` gives ids, in place of the file that the config names."""
         self.config = config
         self.fields = {"text": config.data.fields}
+        if tokenizer is not None:
+            self.tokenizer, self.files, self.measure_name = tokenizer, (), ""
+            return
         path = find_tokenizer(config.data.tokenizer, folder)
         self.files = (path,)  # what an export needs besides the weights
         model = path.read_bytes()

@@ -1,0 +1,189 @@
+"""A trained encoder of one modality: raw input in, features out; and what a fine-tuned head makes of them.
+
+B inputs, T tokens, E extra tokens, D dim, V outputs of a head.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_ds.modalities import inputs
+from d2v_ds.modalities.inputs import Prepared
+from d2v_ds.model.data2vec import Data2Vec
+from d2v_ds.model.heads import HeadConfig
+from d2v_ds.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+
+class Features(NamedTuple):
+    x: Tensor
+    """The encoder's output without extra tokens, (B, T, D); zero where there is padding."""
+    layers: list[Tensor]
+    """Every shared block's output without extra tokens, each (B, T, D). The last one is `x`, but for a body with
+    norms first (v1 images), where `x` is its norm."""
+    pooled: Tensor
+    """Mean of `x` over real tokens, (B, D)."""
+    mask: Tensor
+    """Bool (B, T), True = padding."""
+
+
+class Hidden(NamedTuple):
+    """What a batch of rows gives."""
+
+    layers: list[Tensor]
+    """Those that were kept, without extra tokens."""
+    x: Tensor
+    extra: Tensor
+    """The extra (class) tokens' output, (B, E, D)."""
+    mask: Tensor
+
+
+class Encoder(nn.Module):
+    """A trained encoder of one modality; `extract(x)` takes raw input.
+
+    `origin`: what it was loaded from, in words. `head`: of a fine-tuned model, else None.
+    """
+
+    def __init__(
+        self,
+        model: Data2Vec,
+        modality: str,
+        samples: Any,
+        recipe: Recipe,
+        origin: str = "",
+        head: nn.Module | None = None,
+        head_config: HeadConfig | None = None,
+    ):
+        super().__init__()
+        self.model, self.modality, self.samples, self.recipe = model, modality, samples, recipe
+        self.origin, self.head, self.head_config = origin, head, head_config
+        self.inputs = inputs(modality)
+
+    def __repr__(self) -> str:
+        body, first = self.recipe.body, next(self.model.parameters())
+        parameters = sum(p.numel() for p in self.parameters()) / 1e6
+        return (
+            f"Encoder({self.modality} from {self.origin or 'memory'}: {body.depth} x {body.dim}, "
+            f"{parameters:.1f} M parameters, {str(first.dtype).removeprefix('torch.')} on {first.device})"
+        )
+
+    @torch.no_grad()
+    def extract(self, x: Any, all: bool = False, rate: int | None = None) -> Tensor | Features:  # noqa: A002
+        """Features (B, T, D) of raw input, or with `all` every layer, pooled features and the padding mask.
+
+        `x`: one item or a list. Sound: paths, 16 kHz mono waveforms (other rates with `rate`); images: paths, PIL,
+        pixels of 8 bits, normalised tensors (3, H, W); text: str, a Path, ids. Arrays with one dimension more are
+        batches. Unequal lengths are padded; padding changes nothing, and features there are zero.
+
+        Raises ValueError for input that is empty, of a wrong kind or shape, or not finite.
+        """
+        hidden = self.run(self.prepare(x, rate), keep=all)
+        if not all:
+            return hidden.x
+        return Features(hidden.x, hidden.layers, mean_pool(hidden.x, hidden.mask), hidden.mask)
+
+    @torch.no_grad()
+    def logits(self, x: Any, rate: int | None = None) -> Tensor:
+        """The fine-tuned head's output: (B, V) of a class, (B, T, V) of CTC (padding says blank).
+
+        Raises ValueError if these weights have no head.
+        """
+        if self.head is None:
+            raise ValueError(
+                f"{self.origin or 'this encoder'} has no fine-tuned head; use extract(x) for features"
+            )
+        hidden = self.run(self.prepare(x, rate), keep=False)
+        return self.head.eval()(hidden.x, hidden.mask)
+
+    def predict(self, x: Any, rate: int | None = None) -> list[Any]:
+        """For each input the most likely class, or what CTC's best path says: labels where they are known, else
+        their numbers. A head with one output gives its number."""
+        logits = self.logits(x, rate).float()
+        labels = self.head_config.labels or range(self.head_config.outputs)
+        if self.head_config.kind == "ctc":
+            paths = [spell(row.tolist()) for row in logits.argmax(dim=-1)]
+            if self.head_config.labels is None:
+                return paths
+            return ["".join(labels[i] for i in path).replace("|", " ").strip() for path in paths]
+        if self.head_config.outputs == 1:
+            return logits[:, 0].tolist()
+        return [labels[i] for i in logits.argmax(dim=-1).tolist()]
+
+    def prepare(self, x: Any, rate: int | None = None) -> list[Tensor]:
+        """Rows as the model takes them; what was done to them besides is logged as a warning."""
+        items = self.inputs.listed(x)
+        prepared: list[Prepared] = []
+        for i, item in enumerate(items):
+            try:
+                prepared.append(self.inputs.prepare(self.samples, item, rate))
+            except ValueError as error:
+                raise ValueError(
+                    f"input {i} of {len(items)}: {error}" if len(items) > 1 else str(error)
+                ) from error
+        notices = [p.notice for p in prepared if p.notice]
+        if notices:
+            log.warning(
+                "%d of %d inputs: %s", len(notices), len(items), "; ".join(dict.fromkeys(notices[:3]))
+            )
+        return [p.row for p in prepared]
+
+    def run(self, rows: list[Tensor], keep: bool) -> Hidden:
+        """What the rows give as one padded batch; with `keep` every layer. Rows too long for one pass (sound of
+        minutes) go window by window."""
+        windows = [self.inputs.pieces(self.samples, row) for row in rows]
+        if max(map(len, windows)) == 1:
+            return self.run_batch(rows, keep)
+        return stack([join([self.run_batch([piece], keep) for piece in pieces]) for pieces in windows])
+
+    def run_batch(self, rows: list[Tensor], keep: bool) -> Hidden:
+        parameter = next(self.model.parameters())
+        batch = self.samples.pad(rows).to(parameter.device, parameter.dtype)
+        extra = self.model.configs[self.modality].extra_tokens
+        layers = []
+        for output, _ in self.model.eval().walk(batch):
+            if keep:
+                layers.append(output[:, extra:])
+        output = self.model.norm(output)
+        x, mask = output[:, extra:], batch.padding_BT
+        if mask is None:
+            mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        else:
+            x = x.masked_fill(mask[:, :, None], 0)
+            layers = [layer.masked_fill(mask[:, :, None], 0) for layer in layers]
+        return Hidden(layers, x, output[:, :extra], mask)
+
+
+def join(windows: list[Hidden]) -> Hidden:
+    """One sample's windows, one after the other."""
+    layers = [torch.cat(layer, dim=1) for layer in zip(*(w.layers for w in windows), strict=True)]
+    x, mask = (torch.cat([getattr(w, name) for w in windows], dim=1) for name in ("x", "mask"))
+    return Hidden(layers, x, windows[0].extra, mask)
+
+
+def stack(rows: list[Hidden]) -> Hidden:
+    """Single samples as one batch, padded."""
+    longest = max(row.x.shape[1] for row in rows)
+
+    def together(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([F.pad(t, (0, 0, 0, longest - t.shape[1])) for t in tensors])
+
+    layers = [together(list(layer)) for layer in zip(*(row.layers for row in rows), strict=True)]
+    mask = torch.cat([F.pad(row.mask, (0, longest - row.mask.shape[1]), value=True) for row in rows])
+    return Hidden(layers, together([row.x for row in rows]), torch.cat([row.extra for row in rows]), mask)
+
+
+def mean_pool(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean over real tokens, (B, D)."""
+    real = (~mask_BT)[:, :, None]
+    return ((x_BTD.float() * real).sum(dim=1) / real.sum(dim=1)).to(x_BTD.dtype)
+
+
+def spell(path: list[int], blank: int = 0) -> list[int]:
+    """CTC's best path without repeats and blanks."""
+    return [k for k, before in zip(path, [blank, *path], strict=False) if k != before and k != blank]

@@ -1,0 +1,72 @@
+"""Texts as users have them: strings, files, token ids -> ids from `<s>` to `</s>`. A str is a text, a Path a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2v_ds.modalities.inputs import (
+    Prepared,
+    as_tensor,
+    describe,
+    is_number,
+    read_file,
+    refuse_none,
+    refuse_rate,
+    split_batch,
+)
+from d2v_ds.modalities.text.samples import BOS, PAD, TextSamples
+
+EXTENSIONS = ("txt", "text")
+
+
+def listed(x: Any) -> list[Any]:
+    """A str, a Path, bytes, a list of ids or ids (T,) is one text; (B, T) and other lists are several."""
+    if isinstance(x, (Tensor, np.ndarray)):
+        return split_batch(x, 1, "texts")
+    if isinstance(x, (list, tuple)):
+        return [x] if x and is_number(x[0]) else refuse_none(list(x), "texts")
+    return [x]
+
+
+def prepare(samples: TextSamples, item: Any, rate: int | None = None) -> Prepared:
+    """One text as <s>, ids, </s>; (T,). Ids are taken as they are, without `<pad>` at their end.
+
+    What is longer than the model reads is cut, with a notice.
+    """
+    refuse_rate(rate, "texts")
+    if isinstance(item, Path):
+        item = read_file(item)
+    if isinstance(item, (str, bytes)):
+        ids = torch.tensor([BOS, *samples.encode(item)])
+    else:
+        ids = check_ids(as_tensor(item, "text or list of token ids"), samples.config.vocabulary)
+    limit = samples.config.max_tokens
+    return Prepared(ids[:limit], None if len(ids) <= limit else f"{len(ids)} tokens, cut to {limit}")
+
+
+def check_ids(ids: Tensor, vocabulary: int) -> Tensor:
+    if ids.is_floating_point() or ids.ndim != 1:
+        raise ValueError(f"{describe(ids)} is no text; give a str, a Path, or whole token ids (T,)")
+    if not len(ids) or bool((ids < 0).any()) or bool((ids >= vocabulary).any()):
+        span = f"{int(ids.min())}..{int(ids.max())}" if len(ids) else "none"
+        raise ValueError(
+            f"token ids must lie in 0..{vocabulary - 1}, the model's vocabulary; there are {span}"
+        )
+    is_token = ids != PAD
+    length = int(is_token.nonzero().max()) + 1 if bool(is_token.any()) else 0
+    if not bool(is_token[:length].all()) or not length:
+        raise ValueError(f"token ids may have <pad> ({PAD}) at their end alone, after at least one other")
+    return ids[:length].long()
+
+
+def pieces(samples: TextSamples, row: Tensor) -> list[Tensor]:
+    return [row]
+
+
+def num_tokens(samples: TextSamples, row: Tensor) -> int:
+    return len(row)
