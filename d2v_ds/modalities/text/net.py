@@ -24,17 +24,19 @@ class TextConfig(ModalityConfig):
     """Longest sequence, with <s>."""
     embed_dropout: float = 0.1
     embed_norm: bool = True
+    embed_norm_eps: float = 1e-5
+    """Of the embeddings alone; the released models', and others in files of transformers."""
     data: TextData = TextData()
 
 
 class TokenEmbed(nn.Module):
     """Token + position embedding, layer norm, dropout. Positions count non-pad tokens, from PAD + 1."""
 
-    def __init__(self, config: TextConfig, dim: int, norm_eps: float = 1e-5):
+    def __init__(self, config: TextConfig, dim: int):
         super().__init__()
         self.tokens = nn.Embedding(config.vocabulary, dim, padding_idx=PAD)
         self.positions = nn.Embedding(config.max_tokens + PAD + 1, dim, padding_idx=PAD)
-        self.norm = nn.LayerNorm(dim, eps=norm_eps) if config.embed_norm else nn.Identity()
+        self.norm = nn.LayerNorm(dim, eps=config.embed_norm_eps) if config.embed_norm else nn.Identity()
         self.dropout = nn.Dropout(config.embed_dropout)
         self.zeroes_padding = config.view == "masked"  # as v1 does
 
