@@ -181,18 +181,11 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 
     Raises ValueError for an unknown recipe, variant or key (naming the nearest) and for a value that does not fit.
     """
-    variant = None
-    for assignment in overrides:
-        if assignment.startswith("variant="):
-            variant = assignment.removeprefix("variant=")
-    overrides = [assignment for assignment in overrides if not assignment.startswith("variant=")]
     if name.endswith((".yaml", ".yml")):
-        if variant is not None:
-            raise ValueError(
-                f"{name} has no variants, a shipped recipe may have; leave variant={variant} out"
-            )
         return override(read_yaml(Path(name)), overrides)
-    return override(shipped(name, variant), overrides)
+    variants = [a.removeprefix("variant=") for a in overrides if a.startswith("variant=")]
+    others = [a for a in overrides if not a.startswith("variant=")]
+    return override(shipped(name, variants[-1] if variants else None), others)
 
 
 def shipped(name: str, variant: str | None = None) -> Recipe:
@@ -243,6 +236,10 @@ def override(recipe: Recipe, assignments: list[str] | tuple[str, ...]) -> Recipe
         key, sep, text = assignment.partition("=")
         if not sep:
             raise ValueError(f"'{assignment}' is no key=value; for example train.steps=1000")
+        if key == "variant":
+            raise ValueError(
+                f"{assignment} goes with the name of a shipped recipe, {recipe.name} is a file or object"
+            )
         if not is_known(key, text, leaves):
             raise ValueError(f"unknown key '{key}'{nearest(key, leaves)}")
         *parents, last = key.split(".")

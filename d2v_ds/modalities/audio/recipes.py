@@ -9,7 +9,125 @@ from d2v_ds.model.encoder import Alibi
 from d2v_ds.model.layers import Body
 from d2v_ds.model.masking import Mask
 from d2v_ds.model.targets import Target
-from d2v_ds.recipe import EMA, Optim, Recipe, Train
+from d2v_ds.recipe import EMA, Optim, Recipe, Train, Variant, check_variant
+
+
+def audio_base(variant: Variant = "released") -> Recipe:
+    """The base speech model on LibriSpeech 960 h, as released.
+
+    deepspeed train.py --deepspeed zero2 --recipe audio_base data=DIR
+
+    GPUs: 8 in the released file. Cost: 63 A100 hours (estimate, docs/recipes.md); none are published.
+    Expected: 6.4 % WER on test-other after fine-tuning on 100 h, with a 4-gram (paper, quoted in fairseq issue
+    5380; 6.8 from the released weights there, 9.0 for a run with smaller batches).
+
+    Batch: the original packs up to 62.5 s of sounds of like length on each of 8 GPUs, at most 500 s a step.
+    Here a micro-batch is cropped to its shortest sound, so it holds one, whole up to 20 s: 40 x 12.3 s = 492 s
+    a step, 54.7 k h or 57 epochs of 960 h (at most 55.6 k h or 58 in the original). 12.3 s is LibriSpeech's mean,
+    960.9 h / 281,241. For another corpus keep the product: the first lines of a run say the seconds a step.
+
+    No variant `paper`: its table for speech is unknown to us, and what is quoted of it agrees.
+    """
+    check_variant("audio_base", variant, "released")
+    return Recipe(
+        name="audio_base",
+        body=Body(
+            dim=768,
+            depth=12,
+            heads=12,
+            encoder_dropout=0.1,
+            attention_dropout=0.1,
+            post_mlp_dropout=0.1,
+            layerdrop=0.05,
+        ),
+        modalities={"audio": librispeech()},
+        ema=EMA(start=0.999, end=0.99999, anneal_steps=75_000),
+        optim=Optim(
+            lr=7.5e-4,
+            betas=(0.9, 0.98),
+            eps=1e-6,
+            weight_decay=0.01,
+            decay="all",
+            warmup_steps=8_000,
+            clip=0.0,
+        ),
+        train=Train(steps=400_000, log_every=200, workers=6),
+        data="shards/librispeech",
+    )
+
+
+def librispeech() -> AudioConfig:
+    """What the released speech models share, with the values of the base model."""
+    return AudioConfig(
+        clones=8,
+        mask=Mask(kind="block", ratio=0.5, adjust=0.05, length=5),
+        target=Target(top_k=8, per_layer="instance"),
+        decoder=DecoderConfig(dim=384, kernel=7, layers=4, groups=16, input_dropout=0.1),
+        teacher="context",
+        prenet_dropout=0.1,
+        prenet_layerdrop=0.05,
+        alibi=Alibi(),
+        data=AudioData(shards="*train*.tar", batch=1, micro_batches=40, max_seconds=20.0, min_seconds=2.0),
+    )
+
+
+def audio_large(variant: Variant = "released") -> Recipe:
+    """The large speech model on Libri-light (60 k h without its silence), as released.
+
+    deepspeed train.py --deepspeed zero2 --recipe audio_large data=DIR
+
+    GPUs: 48 in the released file. Cost: 775 A100 hours (estimate, docs/recipes.md); none are published.
+    Expected: unknown to us. tau reaches 1.0 at step 300,000 of 600,000: from there on the teacher stands still.
+
+    Batch: 48 x 20 s = 960 s a step at most, 160 k h, about 3 epochs, as in the original with one sound of 20 s
+    or more on each GPU. It packs several shorter ones on a GPU; here a micro-batch holds one, so with sounds of
+    less than 20 s raise modalities.audio.data.micro_batches until the first lines of a run say 960 s.
+
+    No variant `paper`, as for audio_base.
+    """
+    check_variant("audio_large", variant, "released")
+    recipe = audio_base()
+    recipe.name = "audio_large"
+    recipe.body.dim, recipe.body.depth, recipe.body.heads = 1024, 16, 16
+    recipe.body.layerdrop = 0.0
+    audio = recipe.modalities["audio"]
+    audio.clones = 12
+    audio.prenet_depth, audio.prenet_layerdrop = 8, 0.0
+    audio.mask.ratio, audio.mask.adjust = 0.55, 0.1
+    audio.target.top_k = 16
+    audio.decoder.dim = 768
+    audio.data.micro_batches = 48
+    recipe.ema = EMA(start=0.9997, end=1.0, anneal_steps=300_000)
+    recipe.optim.lr, recipe.optim.warmup_steps, recipe.optim.clip = 4e-4, 10_000, 1.0
+    recipe.train.steps = 600_000
+    recipe.data = "shards/librilight"
+    return recipe
+
+
+def audio_small() -> Recipe:
+    """Half the base's width for one GPU: 7,100 h of crops of 8 s, 7.4 times LibriSpeech 960 h.
+
+    python train.py --deepspeed zero2 --recipe audio_small data=DIR
+
+    Cost: 3 A100 hours or more (estimate, docs/recipes.md). Expected: unknown, never run in full; watch
+    `content` in the progress line: small speech models are those whose targets lose it (docs/experiments.md).
+
+    Why: sounds of less than 8 s are left out and all others cropped to it, so a micro-batch is 8 x 8 s without
+    waste and every pass has one shape: 4 x 64 s = 256 s a step, half the base's, with 2/3 of its learning rate.
+    tau ends at 0.9999, whose memory of 10,000 steps suits 100,000. Clipped, since smaller batches are noisier.
+    For shorter sounds lower min_seconds and max_seconds together.
+    """
+    recipe = audio_base()
+    recipe.name = "audio_small"
+    recipe.body.dim, recipe.body.heads, recipe.body.layerdrop = 384, 6, 0.0
+    audio = recipe.modalities["audio"]
+    audio.decoder.dim = 192
+    audio.data.batch, audio.data.micro_batches = 8, 4
+    audio.data.min_seconds = audio.data.max_seconds = 8.0
+    recipe.ema = EMA(start=0.999, end=0.9999, anneal_steps=30_000)
+    recipe.optim.lr, recipe.optim.decay, recipe.optim.clip = 5e-4, "matrices", 1.0
+    recipe.train.steps = 100_000
+    return recipe
 
 
 def audio_tiny() -> Recipe:
