@@ -6,6 +6,7 @@ B inputs, T tokens, E extra tokens, D dim, V outputs of a head.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -33,15 +34,32 @@ class Features(NamedTuple):
     """Bool (B, T), True = padding."""
 
 
-class Hidden(NamedTuple):
-    """What a batch of rows gives."""
+class Output(NamedTuple):
+    """What one layer gives for a batch of rows; padding is zero."""
 
-    layers: list[Tensor]
-    """Those that were kept, without extra tokens."""
     x: Tensor
+    """(B, T, D)."""
     extra: Tensor
-    """The extra (class) tokens' output, (B, E, D)."""
+    """The extra (class) tokens, (B, E, D)."""
+
+
+class Hidden(NamedTuple):
+    """What the encoder gives for a batch of rows."""
+
+    last: Output
+    """After the last block and, with norms first, its norm."""
+    kept: list[Output]
+    """The shared blocks that were asked for."""
     mask: Tensor
+    """Bool (B, T), True = padding."""
+
+    @property
+    def x(self) -> Tensor:
+        return self.last.x
+
+    @property
+    def layers(self) -> list[Tensor]:
+        return [output.x for output in self.kept]
 
 
 class Encoder(nn.Module):
@@ -98,7 +116,7 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"{self.origin or 'this encoder'} has no fine-tuned head; use extract(x) for features"
             )
-        hidden = self.run(self.prepare(x, rate), keep=False)
+        hidden = self.run(self.prepare(x, rate))
         return self.head.eval()(hidden.x, hidden.mask)
 
     def predict(self, x: Any, rate: int | None = None) -> list[Any]:
@@ -133,49 +151,64 @@ class Encoder(nn.Module):
             )
         return [p.row for p in prepared]
 
-    def run(self, rows: list[Tensor], keep: bool) -> Hidden:
-        """What the rows give as one padded batch; with `keep` every layer. Rows too long for one pass (sound of
-        minutes) go window by window."""
+    @torch.no_grad()
+    def run(self, rows: list[Tensor], keep: bool | Collection[int] = False) -> Hidden:
+        """What the rows give as one padded batch, with the outputs of all blocks or of some, by number. Rows too
+        long for one pass (sound of minutes) go window by window."""
+        keep = range(len(self.model.blocks)) if keep is True else keep or ()
         windows = [self.inputs.pieces(self.samples, row) for row in rows]
         if max(map(len, windows)) == 1:
             return self.run_batch(rows, keep)
         return stack([join([self.run_batch([piece], keep) for piece in pieces]) for pieces in windows])
 
-    def run_batch(self, rows: list[Tensor], keep: bool) -> Hidden:
+    def run_batch(self, rows: list[Tensor], keep: Collection[int]) -> Hidden:
         parameter = next(self.model.parameters())
         batch = self.samples.pad(rows).to(parameter.device, parameter.dtype)
-        extra = self.model.configs[self.modality].extra_tokens
-        layers = []
-        for output, _ in self.model.eval().walk(batch):
-            if keep:
-                layers.append(output[:, extra:])
-        output = self.model.norm(output)
-        x, mask = output[:, extra:], batch.padding_BT
+        kept = []
+        for i, (output, _) in enumerate(self.model.eval().walk(batch)):
+            if i in keep:
+                kept.append(self.split(output, batch.padding_BT))
+        last = self.split(self.model.norm(output), batch.padding_BT)
+        mask = batch.padding_BT
         if mask is None:
-            mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        else:
-            x = x.masked_fill(mask[:, :, None], 0)
-            layers = [layer.masked_fill(mask[:, :, None], 0) for layer in layers]
-        return Hidden(layers, x, output[:, :extra], mask)
+            mask = torch.zeros(last.x.shape[:2], dtype=torch.bool, device=last.x.device)
+        return Hidden(last, kept, mask)
+
+    def split(self, output_BTD: Tensor, padding_BT: Tensor | None) -> Output:
+        """(B, E + T, D) -> tokens and extra tokens."""
+        extra = self.model.configs[self.modality].extra_tokens
+        x = output_BTD[:, extra:]
+        return Output(
+            x if padding_BT is None else x.masked_fill(padding_BT[:, :, None], 0), output_BTD[:, :extra]
+        )
 
 
 def join(windows: list[Hidden]) -> Hidden:
     """One sample's windows, one after the other."""
-    layers = [torch.cat(layer, dim=1) for layer in zip(*(w.layers for w in windows), strict=True)]
-    x, mask = (torch.cat([getattr(w, name) for w in windows], dim=1) for name in ("x", "mask"))
-    return Hidden(layers, x, windows[0].extra, mask)
+
+    def joined(outputs: list[Output]) -> Output:
+        return Output(torch.cat([output.x for output in outputs], dim=1), outputs[0].extra)
+
+    return Hidden(
+        joined([window.last for window in windows]),
+        [joined(list(layer)) for layer in zip(*(window.kept for window in windows), strict=True)],
+        torch.cat([window.mask for window in windows], dim=1),
+    )
 
 
 def stack(rows: list[Hidden]) -> Hidden:
     """Single samples as one batch, padded."""
-    longest = max(row.x.shape[1] for row in rows)
+    longest = max(row.mask.shape[1] for row in rows)
 
-    def together(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([F.pad(t, (0, 0, 0, longest - t.shape[1])) for t in tensors])
+    def stacked(outputs: list[Output]) -> Output:
+        x = [F.pad(output.x, (0, 0, 0, longest - output.x.shape[1])) for output in outputs]
+        return Output(torch.cat(x), torch.cat([output.extra for output in outputs]))
 
-    layers = [together(list(layer)) for layer in zip(*(row.layers for row in rows), strict=True)]
-    mask = torch.cat([F.pad(row.mask, (0, longest - row.mask.shape[1]), value=True) for row in rows])
-    return Hidden(layers, together([row.x for row in rows]), torch.cat([row.extra for row in rows]), mask)
+    return Hidden(
+        stacked([row.last for row in rows]),
+        [stacked(list(layer)) for layer in zip(*(row.kept for row in rows), strict=True)],
+        torch.cat([F.pad(row.mask, (0, longest - row.mask.shape[1]), value=True) for row in rows]),
+    )
 
 
 def mean_pool(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:

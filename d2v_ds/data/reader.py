@@ -30,6 +30,7 @@ class Alternative:
     """One place where a field may be: a member, or one key of a JSON member."""
 
     extension: str
+    """empty: nowhere, the field may be absent"""
     json_key: str | None = None
 
 
@@ -37,7 +38,10 @@ Fields = dict[str, tuple[Alternative, ...]]
 
 
 def parse_fields(fields: dict[str, str]) -> Fields:
-    """{"text": "txt;json.text"} -> the member `txt`, else the key `text` of the member `json`."""
+    """{"text": "txt;json.text"} -> the member `txt`, else the key `text` of the member `json`.
+
+    After a last `;` stands nothing: "cls;json.label;" is a field that a sample may lack, then it is empty.
+    """
     return {name: tuple(map(_parse_alternative, text.split(";"))) for name, text in fields.items()}
 
 
@@ -46,6 +50,8 @@ def samples_with(index: ShardIndex, fields: Fields) -> np.ndarray | None:
     usable = np.ones(index.num_samples, dtype=bool)
     for alternatives in fields.values():
         wanted = {alternative.extension for alternative in alternatives}
+        if "" in wanted:
+            continue  # it may be absent
         if any(index.extension_counts.get(extension) == index.num_samples for extension in wanted):
             continue  # the usual shard: no column is touched
         ids = [i for i, extension in enumerate(index.extension_counts) if extension in wanted]
@@ -95,13 +101,17 @@ class ShardReader:
         return self._members[first:last].tolist()
 
     def _read_field(self, name: str, sample: int, members: dict[str, tuple]) -> bytes:
-        for alternative in self.fields[name]:
+        alternatives = self.fields[name]
+        may_be_absent = not alternatives[-1].extension
+        for alternative in alternatives:
+            if not alternative.extension:
+                return b""
             if alternative.extension not in members:
                 continue
             content = self._read_member(sample, members[alternative.extension])
             if alternative.json_key is None:
                 return content
-            return self._json_value(sample, content, alternative.json_key)
+            return self._json_value(sample, content, alternative.json_key, may_be_absent)
         raise AssertionError(f"{self.index.path.name} sample {sample} without {name} was not left out")
 
     def _read_member(self, sample: int, row: tuple[int, int, int, int, int]) -> bytes:
@@ -113,11 +123,13 @@ class ShardReader:
             raise self.corrupt(sample, "its bytes differ from the index (crc32)")
         return content
 
-    def _json_value(self, sample: int, content: bytes, key: str) -> bytes:
+    def _json_value(self, sample: int, content: bytes, key: str, may_be_absent: bool) -> bytes:
         try:
             value = json.loads(content).get(key)
         except (ValueError, AttributeError) as error:
             raise self.corrupt(sample, "its JSON is not an object") from error
+        if value is None and may_be_absent:
+            return b""
         if value is None:
             raise self.corrupt(sample, f"its JSON has no {key!r}")
         return (value if isinstance(value, str) else json.dumps(value)).encode()
