@@ -31,16 +31,28 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("train", help="pre-train a model (d2v train --help)", add_help=False)
 
-    export = commands.add_parser("export", help="one safetensors file from a run's checkpoint")
-    export.add_argument("path", type=Path, metavar="RUN", help="run folder, or a step_* folder in it")
+    export = commands.add_parser("export", help="weights in a format of ours or of another library")
+    export.add_argument(
+        "path", type=Path, metavar="PATH", help="run folder, step_* folder, export or .pt file"
+    )
     export.add_argument("--out", type=Path, required=True, help="folder to write")
     export.add_argument(
         "--weights",
         choices=("student", "teacher", "both"),
-        default="student",
-        help="whose weights (default: student)",
+        default=None,
+        help="whose weights (default: student, or what is there; fairseq: both)",
+    )
+    export.add_argument(
+        "--format", default="safetensors", help="safetensors (ours, the default), hf, fairseq or onnx"
     )
     export.set_defaults(run=run_export)
+
+    imported = commands.add_parser("import", help="a fairseq or Hugging Face model as an export of ours")
+    imported.add_argument(
+        "path", type=Path, metavar="FILE", help=".pt or .pth file, or a Hugging Face folder"
+    )
+    imported.add_argument("--out", type=Path, required=True, help="folder to write")
+    imported.set_defaults(run=run_import)
 
     index = commands.add_parser("index", help="build the index of tar shards")
     index.add_argument("shards", nargs="+", help="folder, pattern a{000..123}.tar or *.tar, joined by ::")
@@ -68,7 +80,17 @@ def build_parser() -> argparse.ArgumentParser:
 def run_export(arguments: argparse.Namespace) -> int:
     from d2v_ds.convert.consolidate import export
 
-    print(f"wrote {export(arguments.path, arguments.out, arguments.weights)}")
+    print(f"wrote {export(arguments.path, arguments.out, arguments.weights, arguments.format)}")
+    return 0
+
+
+def run_import(arguments: argparse.Namespace) -> int:
+    from d2v_ds.convert.consolidate import write_export
+    from d2v_ds.convert.load import read
+
+    stored = read(arguments.path)
+    print(f"read {arguments.path}: {stored.origin}; weights: {stored.weights}, {len(stored.tensors)} tensors")
+    print(f"wrote {write_export(stored, arguments.out)}")
     return 0
 
 

@@ -153,6 +153,13 @@ def check_index(name: str, index: Tensor) -> None:
         )
 
 
+def their_names(name: str) -> list[str]:
+    """BEiT's name of a tensor of ours; of the average, that in `model_ema`."""
+    rest = name.removeprefix("teacher.")
+    theirs = [SHARED_TABLE] if rest == TABLE else NAMES.theirs(rest) or [rest]
+    return theirs if rest == name else [f"model_ema.{theirs[0]}"]
+
+
 def their_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of ours under BEiT's names; those that BEiT does not have raise ValueError."""
     state = {}

@@ -83,6 +83,14 @@ def our_name(name: str) -> str | None:
     return place.name
 
 
+def their_names(name: str, is_encoder_only: bool = False) -> list[str]:
+    """fairseq's name of a tensor of ours; of a teacher that `is_encoder_only`, relative to its blocks."""
+    theirs = NAMES.theirs(name.removeprefix("teacher."))
+    if not name.startswith("teacher."):
+        return theirs
+    return [f"_ema.{t.removeprefix('blocks.') if is_encoder_only else t}" for t in theirs]
+
+
 def our_tensor(name: str, tensor: Tensor) -> Tensor:
     """The tensor in our shape: ALiBi scales are (layers, heads) instead of (layers, 1, heads, 1, 1)."""
     return tensor.reshape(-1, tensor.shape[-3]) if name.endswith("alibi_scale") else tensor

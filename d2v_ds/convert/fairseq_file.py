@@ -7,6 +7,7 @@ BEiT-like files of v1 images tell none; d2v_ds.convert.beit reads their sizes of
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from d2v_ds.convert import beit, fairseq, fairseq_v1
 from d2v_ds.convert.fairseq_defaults import complete, resolve
 from d2v_ds.convert.fairseq_training import our_training
 from d2v_ds.convert.fairseq_tuned import TUNED, TUNED_IN_PLACE, Tuned
-from d2v_ds.convert.fairseq_write import write_fairseq
+from d2v_ds.convert.fairseq_write import is_encoder_only, write_fairseq
 from d2v_ds.convert.fit import fit, listed
 from d2v_ds.convert.names import Place, fuse
 from d2v_ds.convert.stored import Stored
+from d2v_ds.convert.unpickle import plain, read_torch_file
 from d2v_ds.modalities import MODALITIES
 from d2v_ds.modalities.image.net import sincos_positions
 from d2v_ds.modalities.text.samples import PAD
@@ -42,8 +44,6 @@ def read_fairseq(path: str | Path) -> Stored:
     Raises ValueError if the file is damaged, asks for more than tensors and containers, is of another model, or
     does not fit its own configuration.
     """
-    from d2v_ds.convert.unpickle import plain, read_torch_file
-
     path = Path(path)
     checkpoint = plain(read_torch_file(path))
     try:
@@ -126,7 +126,9 @@ def inner_settings(model: dict[str, Any], tuned: Tuned) -> dict[str, Any]:
             f"cfg.model.{tuned.inner} is empty: the configuration of pre-training is not in this file, so depth "
             "and heads are unknown; give a file that fairseq saved during fine-tuning"
         )
-    fairseq.refuse(model, prediction_mode="MEAN_POOLING", use_fc_norm=True, pooler_activation_fn="tanh")
+    if model.get("prediction_mode") not in (None, "MEAN_POOLING", 1):  # 1: the value of its enum
+        fairseq.refuse(model, prediction_mode="MEAN_POOLING")
+    fairseq.refuse(model, use_fc_norm=True, pooler_activation_fn="tanh")
     return in_parts(inner)
 
 
@@ -175,7 +177,7 @@ def from_fairseq(
     body, configs, tensors, unknown = version(name, root, state)
     training = our_training(root, complete(name, root["model"], list(configs)))
     recipe = Recipe(name=f"{name}_{'_'.join(configs)}", body=body, modalities=configs, **training)
-    tensors = fit(recipe, tensors | heads, head, tuple(unknown))
+    tensors = fit(recipe, tensors | heads, head, tuple(unknown), theirs=partial(names_in_file, recipe, tuned))
     origin = f"fairseq {name}"
     if tuned is not None:
         origin += f", fine-tuned ({tuned.kind}{f', {updates} updates' if updates else ''})"
@@ -189,6 +191,18 @@ def from_fairseq(
         step=None if tuned else updates,
         weights="both" if any(key.startswith(TEACHER) for key in tensors) else "student",
     )
+
+
+def names_in_file(recipe: Recipe, tuned: Tuned | None, name: str) -> list[str]:
+    """What a tensor of ours is called in the file; ours if it has no place there."""
+    if name.startswith(HEAD):
+        return tuned.head.theirs(name.removeprefix(HEAD))
+    ((modality, config), *_) = recipe.modalities.items()
+    if config.view == "masked":
+        theirs = fairseq_v1.their_names(name, modality)
+    else:
+        theirs = fairseq.their_names(name, is_encoder_only(recipe))
+    return [(tuned.prefix if tuned else "") + t for t in theirs] or [name]
 
 
 def split_head(state: dict[str, Tensor], tuned: Tuned) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -291,7 +305,12 @@ def read_v1(name: str, root: dict[str, Any], state: dict[str, Tensor]) -> Read:
             continue
         if place is not None:
             parts[place] = tensor
-    return body, configs, fairseq_v1.one_layer_head(fuse(parts)), unknown
+    return (
+        body,
+        configs,
+        fairseq_v1.one_layer_head(fuse(parts, lambda ours: fairseq_v1.their_names(ours, modality))),
+        unknown,
+    )
 
 
 def from_beit(checkpoint: dict[str, Any], state: dict[str, Tensor]) -> Stored:
@@ -312,7 +331,7 @@ def from_beit(checkpoint: dict[str, Any], state: dict[str, Tensor]) -> Stored:
         configs["image"].data.mean = configs["image"].data.std = (0.5, 0.5, 0.5)
     ema = EMA(start=0.9998, end=0.9998, anneal_steps=0)
     recipe = Recipe(name="data2vec_vision_image", body=body, modalities=configs, ema=ema)
-    tensors = fit(recipe, tensors, head, tuple(unknown))
+    tensors = fit(recipe, tensors, head, tuple(unknown), theirs=beit.their_names)
     return Stored(
         recipe,
         tensors,

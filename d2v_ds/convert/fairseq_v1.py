@@ -81,6 +81,15 @@ def our_name(name: str) -> Place | None:
     return place
 
 
+def their_names(name: str, modality: str) -> list[str]:
+    """fairseq's name of a tensor of ours, or the three of a projection."""
+    theirs = Names(PAIRS[modality]).theirs(name.removeprefix("teacher."))
+    if not name.startswith("teacher."):
+        return theirs
+    prefix, encoder = list(TEACHERS.items())[modality == "text"]
+    return [prefix + t.removeprefix(encoder) for t in theirs]
+
+
 def our_weights(state: dict[str, Tensor], scope: str) -> dict[str, Tensor]:
     """A fairseq state dict (teacher flat under `_ema.` or `encoder._ema.`) under our names.
 
@@ -91,7 +100,8 @@ def our_weights(state: dict[str, Tensor], scope: str) -> dict[str, Tensor]:
         for name, tensor in state.items()
         if (place := our_name(name)) is not None and is_owned(place.name, scope)
     }
-    return one_layer_head(fuse(parts))
+    modality = "text" if VERSION.removesuffix(".version") in " ".join(state) else "audio"
+    return one_layer_head(fuse(parts, lambda name: their_names(name, modality)))
 
 
 def is_owned(name: str, scope: str) -> bool:

@@ -107,12 +107,17 @@ def state_v2(stored: Stored) -> dict[str, Any]:
     state = translate_v2(student, stored.recipe)
     if teacher:
         average = translate_v2(teacher, stored.recipe)
-        if all(config.teacher == "blocks" for config in stored.recipe.modalities.values()):
+        if is_encoder_only(stored.recipe):
             average = {
                 name.removeprefix("blocks."): t for name, t in average.items() if "positions" not in name
             }
         state["_ema"] = average
     return state
+
+
+def is_encoder_only(recipe: Recipe) -> bool:
+    """The teacher is the blocks alone, and named relative to them."""
+    return all(config.teacher == "blocks" for config in recipe.modalities.values())
 
 
 def translate_v2(tensors: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:

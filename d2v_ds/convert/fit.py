@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,24 +27,31 @@ def shapes(recipe: Recipe, head: HeadConfig | None = None) -> dict[str, tuple[in
 
 
 def fit(
-    recipe: Recipe, tensors: dict[str, Tensor], head: HeadConfig | None = None, unknown: tuple[str, ...] = ()
+    recipe: Recipe,
+    tensors: dict[str, Tensor],
+    head: HeadConfig | None = None,
+    unknown: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+    theirs: Callable[[str], list[str]] = lambda name: [name],
 ) -> dict[str, Tensor]:
     """The tensors of the recipe's model, fp32 and each with memory of its own.
 
     What only pre-training needs may be absent, each part as a whole: the teacher, a modality's decoder and, in a
     fine-tuned model, the mask embedding and BEiT's norm after the last block. A teacher's copies of what it reads
-    from the student anyway are left out. Raises ValueError with the list of what is missing, unexpected (the
-    `unknown` names of the file too) or of another shape.
+    from the student anyway are left out. `optional`: beginnings of names that this kind of file may lack besides.
+
+    Raises ValueError with the list of what is missing, unexpected (the `unknown` names of the file too) or of
+    another shape; `theirs` gives a tensor's names in the file.
     """
     expected = shapes(recipe, head)
     given = {name: tensor for name, tensor in tensors.items() if not is_live_copy(name, expected)}
-    for part in optional_parts(recipe, head):
+    for part in (*optional_parts(recipe, head), *optional):
         if not any(name.startswith(part) for name in given):
             expected = {name: shape for name, shape in expected.items() if not name.startswith(part)}
-    missing = [name for name in expected if name not in given]
-    unexpected = [*unknown, *(name for name in given if name not in expected)]
+    missing = [say for name in expected if name not in given for say in theirs(name)]
+    unexpected = [*unknown, *(say for name in given if name not in expected for say in theirs(name))]
     odd = [
-        f"{name} {tuple(given[name].shape)} instead of {shape}"
+        f"{', '.join(theirs(name))} {tuple(given[name].shape)} instead of {shape}"
         for name, shape in expected.items()
         if name in given and tuple(given[name].shape) != shape
     ]
@@ -53,7 +62,7 @@ def fit(
             f"the tensors do not fit the model that the configuration describes: {said}; is the file complete, and "
             "of data2vec?"
         )
-    return {name: owned(name, given[name]) for name in expected}
+    return {name: owned(theirs(name)[0], given[name]) for name in expected}
 
 
 def is_live_copy(name: str, expected: dict[str, tuple[int, ...]]) -> bool:

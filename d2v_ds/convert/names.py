@@ -7,7 +7,7 @@ A pattern may hold `{i}` (a number), `{n}` (a number that is one less in ours), 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -67,16 +67,18 @@ def filled(template: str, fields: dict[str, str], shift: int) -> str:
     return template.format(**fields)
 
 
-def fuse(parts: dict[Place, Tensor]) -> dict[str, Tensor]:
+def fuse(parts: dict[Place, Tensor], theirs: Callable[[str], list[str]]) -> dict[str, Tensor]:
     """Whole tensors under our names; thirds of a projection are joined in the order q, k, v.
 
-    Raises ValueError if a third is missing.
+    Raises ValueError if a third is missing, with its name as `theirs` gives it.
     """
     whole = {place.name: tensor for place, tensor in parts.items() if place.third is None}
+    missing = []
     for name in dict.fromkeys(place.name for place in parts if place.third is not None):
         thirds = [parts.get(Place(name, third)) for third in range(3)]
-        missing = [letter for letter, third in zip("qkv", thirds, strict=True) if third is None]
-        if missing:
-            raise ValueError(f"{name} cannot be put together: {', '.join(missing)} of q, k, v is missing")
-        whole[name] = torch.cat(thirds)
+        missing += [theirs(name)[i] for i, third in enumerate(thirds) if third is None]
+        if not missing:
+            whole[name] = torch.cat(thirds)
+    if missing:
+        raise ValueError(f"{len(missing)} missing: {', '.join(missing)}; is the file complete?")
     return whole
