@@ -271,6 +271,23 @@ def test_the_class_tokens_loss_is_weighted_by_the_tokens_of_the_pass() -> None:
     assert out.loss.item() == pytest.approx((out.losses["cls"] + out.losses["regression"]).item(), rel=1e-6)
 
 
+def test_the_class_tokens_weight_stays_whatever_the_micro_batch_if_its_rows_are_told() -> None:
+    """A step's loss of 4 samples in one pass, in two or in four; else it falls with the rows of a pass."""
+
+    def step(model: Data2Vec, passes: int) -> float:
+        whole, n = make_batch(model, "image", samples=4), 4 // passes
+        outputs = [
+            model(Batch("image", whole.source[i : i + n], **make_views(whole.mask_NT[4 * i : 4 * (i + n)])))
+            for i in range(0, 4, n)
+        ]
+        return (sum(o.losses["cls"] for o in outputs) / sum(o.sample_size for o in outputs)).item()
+
+    told, plain = build_tiny("image", "@.loss.cls_rows=256"), build_tiny("image")
+    one = step(plain, 1)
+    assert [step(plain, passes) for passes in (2, 4)] == pytest.approx([one / 2, one / 4], rel=1e-4)
+    assert [step(told, passes) for passes in (1, 2, 4)] == pytest.approx([one * 256 / 16] * 3, rel=1e-4)
+
+
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_layer_drop_is_a_function_of_the_batchs_seed(modality: str) -> None:
     """Same seed, same blocks, whatever else is random; other seeds, others; none is dropped in eval mode."""

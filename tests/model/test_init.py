@@ -1,92 +1,26 @@
-"""Fresh models: fully initialised, with the published spreads and numbers of parameters."""
+"""Fresh models: fully initialised, with the published spreads (tests/test_recipe_models.py: their sizes)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 from tiny import MODALITIES, build_tiny, make_batch
 from torch import nn
 
-from d2v_ds.modalities.audio.net import AudioConfig
 from d2v_ds.modalities.build import build_model
-from d2v_ds.modalities.image.net import ImageConfig
-from d2v_ds.modalities.text.net import TextConfig
 from d2v_ds.model.data2vec import Data2Vec
-from d2v_ds.model.decoder import DecoderConfig
-from d2v_ds.model.encoder import Alibi
 from d2v_ds.model.layers import Body
-from d2v_ds.model.loss import Loss
-from d2v_ds.model.targets import Target
+from d2v_ds.recipe import load_recipe
 
 
-def released(modality: str, size: str, **changes: Any) -> Data2Vec:
-    """A released model; each of `changes` goes to the body if it has that field, else to the modality."""
-    dim, heads, depth, prenet = {
-        "image": {"base": (768, 12, 10, 2), "large": (1024, 16, 24, 0), "huge14": (1280, 16, 32, 0)},
-        "audio": {"base": (768, 12, 12, 0), "large": (1024, 16, 16, 8)},
-        "text": {"base": (768, 12, 12, 0), "large": (1024, 16, 24, 0)},
-    }[modality][size]
-    if modality == "image":
-        convs = {"base": (768, 3, 6), "large": (1024, 5, 3), "huge14": (1024, 5, 3)}[size]
-        config = ImageConfig(
-            patch=14 if size == "huge14" else 16,
-            extra_tokens=1,
-            extra_tokens_init="normal",
-            loss=Loss(cls_weight=0.01),
-            target=Target(final=("layer",)),
-            decoder=DecoderConfig(dim=convs[0], kernel=convs[1], layers=convs[2]),
-        )
-    elif modality == "audio":
-        config = AudioConfig(
-            teacher="context",
-            alibi=Alibi(),
-            decoder=DecoderConfig(dim=384 if size == "base" else 768, kernel=7, layers=4),
-        )
-    else:
-        config = TextConfig(
-            teacher="blocks",
-            decoder=DecoderConfig(dim=768, kernel=9, layers=5, groups=1, residual=False, projection_layers=2),
-        )
-    config.prenet_depth = prenet
-    body = Body(dim=dim, heads=heads, depth=depth, norm_eps=1e-6 if modality == "image" else 1e-5)
+def released(modality: str, **changes: int) -> Data2Vec:
+    """A released base model; each of `changes` goes to the body if it has that field, else to the modality."""
+    recipe = load_recipe(f"{modality}_base")
+    config = recipe.modalities[modality]
     for key, value in changes.items():
-        setattr(body if key in Body.model_fields else config, key, value)
-    config.target.top_k = min(config.target.top_k, body.depth)
-    return build_model(body, {modality: config})
-
-
-@pytest.mark.parametrize(
-    ("modality", "size", "count"),
-    [
-        ("image", "base", 88_383_744 - 196 * 768),
-        ("image", "large", 309_268_480 - 196 * 1024),
-        ("image", "huge14", 637_403_392 - 256 * 1280),
-        ("audio", "base", 93_783_308),
-        ("audio", "large", 315_184_144),
-        ("text", "base", 152_961_792),
-        ("text", "large", 385_379_584),
-    ],
-)
-def test_released_models_have_the_published_number_of_parameters(
-    modality: str, size: str, count: int
-) -> None:
-    """Trainable ones; the fixed image positions are parameters in the original and a buffer here."""
-    with torch.device("meta"):
-        model = released(modality, size)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
-
-
-@pytest.mark.parametrize(
-    ("modality", "tensors", "numbers"),
-    [("image", 150 - 1, 85_797_888 - 196 * 768), ("audio", 157, 88_561_932), ("text", 144, 85_054_464)],
-)
-def test_teachers_of_base_models_have_the_published_size(modality: str, tensors: int, numbers: int) -> None:
-    """Without the fixed image positions, which are no part of the average."""
-    with torch.device("meta"):
-        followed = [teacher for _, _, teacher in released(modality, "base").followed()]
-    assert (len(followed), sum(p.numel() for p in followed)) == (tensors, numbers)
+        setattr(recipe.body if key in Body.model_fields else config, key, value)
+    config.target.top_k = min(config.target.top_k, recipe.body.depth)
+    return build_model(recipe.body, recipe.modalities)
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
@@ -118,9 +52,9 @@ def base_width() -> dict[str, Data2Vec]:
     torch.manual_seed(0)
     small = {"depth": 1, "prenet_depth": 1}
     return {
-        "image": released("image", "base", **small),
-        "audio": released("audio", "base", **small),
-        "text": released("text", "base", **small, vocabulary=2000),
+        "image": released("image", **small),
+        "audio": released("audio", **small),
+        "text": released("text", **small, vocabulary=2000),
     }
 
 
