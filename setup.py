@@ -4,6 +4,9 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
+HF = ["transformers>=4.57,<6"]  # d2v export --format hf
+ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]  # d2v export --format onnx
+
 setup(
     name="d2v_ds",
     version="0.1.0",
@@ -32,6 +35,10 @@ setup(
         "setuptools>=70.1,<82",  # what DeepSpeed builds its operators with
         "ninja",
     ],
-    extras_require={"dev": ["pytest>=8", "ruff>=0.6"]},
+    extras_require={
+        "hf": HF,
+        "onnx": ONNX,
+        "dev": ["pytest>=8", "ruff>=0.6", *HF, *ONNX],
+    },
     entry_points={"console_scripts": ["d2v=d2v_ds.cli:main"]},
 )
