@@ -12,12 +12,13 @@ from d2v_ds.data.index import (
     ensure_index,
     expand_shards,
 )
-from d2v_ds.data.loader import Fault, FaultLog, MicroBatch, Samples, Source, StepLoader
+from d2v_ds.data.loader import DataError, Fault, FaultLog, MicroBatch, Samples, Source, StepLoader
 from d2v_ds.data.plan import Draw, Plan, Stream, TextBlocks, permute, seed_of
 
 __all__ = [
     "Corpus",
     "CorruptSample",
+    "DataError",
     "Draw",
     "Fault",
     "FaultLog",

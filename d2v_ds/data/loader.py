@@ -10,6 +10,7 @@ import math
 import os
 import re
 import signal
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -114,8 +115,13 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         micro_batches = iter(self._loader)
+        weakref.finalize(micro_batches, _end, getattr(micro_batches, "_workers", []))
         for _ in self.steps:
             yield [next(micro_batches) for _ in range(self.items_per_step)]
+
+
+class DataError(RuntimeError):
+    """Too much of the data cannot be used; the message says what, and what to do."""
 
 
 class FaultLog:
@@ -129,14 +135,14 @@ class FaultLog:
         """(modality, shard, reason) -> faults; numbers in a reason are replaced by #"""
 
     def add(self, faults: list[Fault], samples_seen: int) -> None:
-        """Record; RuntimeError when the faults are more than `min_count` and `max_share` of all seen."""
+        """Record; DataError when the faults are more than `min_count` and `max_share` of all seen."""
         for fault in faults:
             self._append(json.dumps(asdict(fault)) + "\n")
             reason = re.sub(r"0x[0-9a-fA-F]+|\d+", "#", fault.reason)
             self.counts[fault.modality, fault.key.partition(":")[0], reason] += 1
         count = self.counts.total()
         if faults and count > self.min_count and count > self.max_share * samples_seen:
-            raise RuntimeError(self._message(count, samples_seen))
+            raise DataError(self._message(count, samples_seen))
 
     def _append(self, line: str) -> None:
         # One write of one line at the end: the ranks of a run share the file.
@@ -194,7 +200,7 @@ def _read(source: Source, plan: Plan, draw: Draw, step: int, faults: list[Fault]
         except ValueError as error:
             faults.append(_fault(source, draw.unit, error, step))
         draw = plan.replacement(wanted, source.name, attempt)
-    raise RuntimeError(
+    raise DataError(
         f"{source.name}: {faults[-1].key} and {MAX_ATTEMPTS} units before it could not be used "
         f"({faults[-1].reason}); verify the shards and the fields that are read"
     )
@@ -212,8 +218,18 @@ def _identity(item: Any) -> Any:
     return item
 
 
+def _end(workers: list[Any]) -> None:
+    """When the loader is given up or the process exits, whatever the reason."""
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
 def _init_worker(_: int) -> None:
-    """The main process decides when to stop: a signal to the whole group must not end its workers first."""
+    """The main process decides when to stop: a signal to the whole group must not end its workers first.
+
+    So multiprocessing cannot end them either, and would wait for them for ever after an error: see `_end`.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import re
@@ -80,6 +81,8 @@ def start_distributed(world: int, timeout_minutes: float = 30) -> torch.device:
     if get_accelerator().device_name() == "cpu":
         share_cores(world)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():
+        atexit.register(leave)
     deepspeed.init_distributed(
         get_accelerator().communication_backend_name(),
         timeout=timedelta(minutes=timeout_minutes),
@@ -88,6 +91,12 @@ def start_distributed(world: int, timeout_minutes: float = 30) -> torch.device:
     local_rank = int(os.environ["LOCAL_RANK"])
     get_accelerator().set_device(local_rank)
     return torch.device(get_accelerator().device_name(local_rank))
+
+
+def leave() -> None:
+    """At the end of the process, not of a run: DeepSpeed remembers the group, and another run may follow."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def share_cores(world: int) -> None:

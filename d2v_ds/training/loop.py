@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d2v_ds.data import MicroBatch, seed_of
+from d2v_ds.data import DataError, MicroBatch, seed_of
 from d2v_ds.engine.ema import anneal
 from d2v_ds.engine.step import apply_step, one_reduction
 from d2v_ds.model.batch import Batch
@@ -168,17 +168,21 @@ def record_faults(run: Run, micro_batches: list[MicroBatch]) -> None:
         seen = (run.step * sum(s.batch * s.micro_batches for s in run.sources)) // run.world
         try:
             run.faults.add(faults, seen)
-        except RuntimeError as error:
-            raise RuntimeError(
+        except DataError as error:
+            raise DataError(
                 f"{error} (train.max_bad_share={run.recipe.train.max_bad_share} says how many)"
             ) from error
+
+
+class Diverged(RuntimeError):
+    """Training cannot go on: its gradients are not finite, step after step."""
 
 
 def complain(run: Run, skipped: int) -> None:
     """A step without finite gradients: say which, and stop after too many in a row."""
     run.say(f"warning: step {run.step} was skipped, its gradients are not finite ({skipped} in a row)")
     if skipped >= run.recipe.train.skip_limit:
-        raise RuntimeError(
+        raise Diverged(
             f"{skipped} steps in a row had gradients that are not finite (train.skip_limit="
             f"{run.recipe.train.skip_limit}); lower optim.lr or set precision=fp32, and start again: "
             "the run goes on from its last checkpoint"

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import yaml
 
 from d2v_ds.config import dotted_keys
-from d2v_ds.data import FaultLog, Plan, Source, StepLoader
+from d2v_ds.data import DataError, FaultLog, Plan, Source, StepLoader
 from d2v_ds.engine import checkpoint as checkpoints
 from d2v_ds.engine.build import build_engine, build_optimizer
 from d2v_ds.engine.ds_config import find_config, read_config, resolve_config
@@ -28,7 +28,8 @@ from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import FREE, Recipe, load_recipe, write_yaml
 from d2v_ds.training.arguments import parse_arguments
 from d2v_ds.training.log import Log
-from d2v_ds.training.loop import run_steps
+from d2v_ds.training.loop import Diverged, run_steps
+from d2v_ds.training.volume import describe_volume
 
 
 @dataclass
@@ -100,7 +101,10 @@ def train(
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """The command line; a user's mistake is one line on stderr and exit code 2."""
+    """The command line: exit code 2 and one message for a user's mistake, 1 for a run that cannot go on.
+
+    Errors of the command itself are told by one rank of each machine, those of a started run by each that has one.
+    """
     arguments = parse_arguments(argv, prog)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -108,13 +112,21 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
             return 0
         train_recipe(recipe, arguments.deepspeed)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except (ValueError, OSError, DataError, Diverged) as error:
+        if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
+            rank = os.environ.get("RANK", "0")
+            whose = "error" if rank == "0" else f"error (rank {rank})"
+            print(f"{whose}: {without_traceback(error)}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ValueError) else 1
     return 0
+
+
+def without_traceback(error: Exception) -> str:
+    """The message; of a data worker's error, which comes with the worker's traceback, the last line."""
+    text = str(error)
+    if "Original Traceback" not in text:
+        return text
+    return text.strip().splitlines()[-1].partition(f"{type(error).__name__}: ")[2]
 
 
 def train_recipe(recipe: Recipe, deepspeed: str | None) -> Path:
@@ -297,11 +309,7 @@ def introduce(run: Run, ds_config: dict[str, Any], saved: checkpoints.Checkpoint
         f"{run.world} rank{'s' * (run.world > 1)} on {run.device.type}, run folder {recipe.folder}"
     )
     for source in run.sources:
-        epochs = run.plan.epochs(recipe.train.steps)[source.name]
-        run.say(
-            f"  {source.name}: {source.samples.size} units in {len(source.corpus.indexes)} shards, "
-            f"{source.batch * source.micro_batches} a step, {epochs:.2f} epochs in {recipe.train.steps} steps"
-        )
+        run.say(f"  {describe_volume(source, run.plan, recipe.train.steps)}")
     if saved:
         run.say(f"resuming from {saved.folder}: {run.step} of {recipe.train.steps} steps are done")
 

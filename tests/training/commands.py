@@ -13,8 +13,6 @@ import sys
 import traceback
 from pathlib import Path
 
-import torch.distributed as dist
-
 from d2v_ds.training.run import main
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,9 +37,6 @@ def run_one(argv: list[str], env: dict[str, str]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    dist.destroy_process_group = lambda: (
-        None
-    )  # DeepSpeed remembers the group, so it must outlive the first command
     is_first = os.environ.get("RANK", "0") == "0"
     results = {}
     for command in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):

@@ -138,6 +138,10 @@ def results(folder: Path, shards: Path) -> dict[str, dict]:
     bad = [*batches, f"data={shards}", "train.workers=1", "train.max_bad_share=0.2"]
     commands["bad samples"] = Command(folder / "bad", bad)
     commands["many bad samples"] = Command(folder / "worse", [*batches, f"data={many}", "train.steps=40"])
+    all_bad = folder_with(folder / "all_bad", image=break_images(*range(NUM_SAMPLES)))
+    commands["all bad"] = Command(folder / "none", [*batches, f"data={all_bad}", "train.workers=1"])
+    wild = ["optim.lr=1e38", "optim.warmup_steps=0", "train.skip_limit=2"]
+    commands["diverged"] = Command(folder / "diverged", wild)
     return start_all(folder, commands)
 
 
@@ -245,7 +249,7 @@ def test_batches_keep_their_size(shards):
 def test_too_many_unreadable_samples_stop_the_run_with_their_counts(results, folder):
     """Which modality, shard and reason, how many of how many, and what to do."""
     result = results["many bad samples"]
-    assert result["code"] not in (0, None)
+    assert result["code"] == 1 and "Traceback" not in result["err"]
     assert "samples could not be used, more than 0.10%" in result["err"]
     assert " x image multimodal-train-000000.tar: undecodable image" in result["err"]
     assert "Repair or leave out these shards" in result["err"] and "quarantine.jsonl" in result["err"]
@@ -253,6 +257,23 @@ def test_too_many_unreadable_samples_stop_the_run_with_their_counts(results, fol
     steps = [row["step"] for row in read_rows(folder / "worse")]
     assert 1 <= steps[-1] < 40
     assert len(read_rows(folder / "worse", "quarantine.jsonl")) > 20
+
+
+def test_nothing_but_unreadable_samples_is_one_line_from_a_data_worker_too(results):
+    result = results["all bad"]
+    assert result["code"] == 1 and "Traceback" not in result["err"]
+    (line,) = [line for line in result["err"].splitlines() if line.startswith("error")]
+    assert line.startswith("error: image: multimodal-train-000000.tar:train-") and "verify the shards" in line
+
+
+def test_gradients_that_stay_infinite_stop_the_run_with_a_remedy(results):
+    """Weights of 1e38 overflow; each skipped step is told, the second one in a row ends the run."""
+    result = results["diverged"]
+    assert result["code"] == 1 and "Traceback" not in result["err"]
+    assert (
+        result["err"].splitlines()[-1].startswith("error: 2 steps in a row had gradients that are not finite")
+    )
+    assert "lower optim.lr" in result["err"] and result["out"].count("was skipped") == 2
 
 
 def test_sounds_without_a_readable_header_are_left_out_and_counted(folder, caplog):

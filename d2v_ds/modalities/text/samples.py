@@ -43,7 +43,7 @@ class TextSamples:
         self.files = (path,)  # what an export needs besides the weights
         model = path.read_bytes()
         self.measure_name = f"tokens-{hashlib.sha256(model).hexdigest()[:12]}"
-        self.tokenizer = load_tokenizer(model, config.vocabulary - (config.view == "masked"), path)
+        self.tokenizer = load_tokenizer(model, config.vocabulary, path, has_mask=config.view == "masked")
 
     def measure(self, fields: dict[str, bytes]) -> int:
         """Tokens of a document, with its end token."""
@@ -63,6 +63,13 @@ class TextSamples:
             return
         self.blocks = TextBlocks.build(corpus.lengths, corpus.shard_starts, self.config.max_tokens - 1)
         self.size = len(self.blocks)
+
+    def volume(self, corpus: Corpus, batch: int) -> tuple[float, float, str]:
+        """What a micro-batch holds on average, with each sequence's <s>; what the corpus holds; and of what."""
+        tokens = float(self.size * self.config.max_tokens)
+        if self.config.data.mode == "samples":
+            tokens = float(np.minimum(corpus.lengths.astype(np.int64) + 1, self.config.max_tokens).sum())
+        return batch * tokens / self.size, tokens, "tokens"
 
     def decode(self, corpus: Corpus, unit: int) -> str:
         """One whole sample as `prepare` takes it."""
@@ -118,7 +125,9 @@ def find_tokenizer(name: str, folder: Path) -> Path:
     )
 
 
-def load_tokenizer(model: bytes, vocabulary: int, path: Path) -> sentencepiece.SentencePieceProcessor:
+def load_tokenizer(
+    model: bytes, vocabulary: int, path: Path, has_mask: bool = False
+) -> sentencepiece.SentencePieceProcessor:
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
@@ -131,10 +140,10 @@ def load_tokenizer(model: bytes, vocabulary: int, path: Path) -> sentencepiece.S
             f"{path}: ids of <s>, <pad>, </s>, <unk> are {special}, must be {(BOS, PAD, EOS, UNK)}; "
             "train it with bos_id=0 pad_id=1 eos_id=2 unk_id=3"
         )
-    if tokenizer.get_piece_size() > vocabulary:
+    if tokenizer.get_piece_size() + has_mask > vocabulary:
         raise ValueError(
-            f"{path} has {tokenizer.get_piece_size()} pieces, more than the {vocabulary} that modalities.text"
-            ".vocabulary leaves for them; set that to at least the number of pieces, and one more for the mask of "
-            "view=masked"
+            f"{path} has {tokenizer.get_piece_size()} pieces{' and view=masked needs one id more' * has_mask}, more "
+            f"than modalities.text.vocabulary={vocabulary}; set that to at least the number of pieces"
+            f"{' + 1' * has_mask}"
         )
     return tokenizer
