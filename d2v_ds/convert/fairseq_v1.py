@@ -206,11 +206,12 @@ def text_config(cfg: dict[str, Any], task: dict[str, Any]) -> tuple[Body, dict[s
 
 
 def common(cfg: dict[str, Any], mask: Mask, layers: int, body: Body) -> dict[str, Any]:
+    scale = cfg["loss_scale"] if (cfg["loss_scale"] or 0) > 0 else None  # -1 stands for 1 / sqrt(D) as well
     return {
         "view": "masked",
         "clones": 1,
         "mask": mask,
         "target": target_config(cfg, body.depth),
-        "loss": Loss(beta=cfg["loss_beta"], scale=cfg["loss_scale"]),
+        "loss": Loss(beta=cfg["loss_beta"], scale=scale),
         "decoder": DecoderConfig(dim=body.dim, layers=0, groups=1, projection_layers=layers),
     }
