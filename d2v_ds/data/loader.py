@@ -44,6 +44,9 @@ class Samples(Protocol):
     def collate(self, decoded: list[Any], draws: list[Draw]) -> Any:
         """The batch: crops and masks come from the seeds of the draws."""
 
+    def volume(self, corpus: Corpus, batch: int) -> tuple[float, float, str]:
+        """What a micro-batch of `batch` units holds on average, what the corpus holds, and of what."""
+
 
 @dataclass
 class Source:

@@ -41,7 +41,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--recipe",
         default="multimodal_tiny",
         metavar="NAME|FILE.yaml",
-        help="what is learned: a shipped recipe or a YAML file (default: %(default)s)",
+        help="what is learned: a shipped recipe (`d2v recipes`; `variant=paper` beside it takes the paper's values "
+        "where it says others than the released files) or a YAML file (default: %(default)s)",
     )
     parser.add_argument(
         "--deepspeed",

@@ -210,6 +210,32 @@ def test_pixels_are_normalised_and_flipped_as_configured() -> None:
     torch.testing.assert_close(samples.prepare(image), expected)
 
 
+def test_colours_change_within_their_range_and_only_where_asked() -> None:
+    """Each of a grey picture's draws scales it by 1 - jitter to 1 + jitter; 0 leaves it, and the crop, as it is."""
+    grey = Image.new("RGB", (8, 8), (100, 100, 100))
+    plain, changed = (ImageSamples(config_of("image", f"data.jitter={j}"), Path()) for j in (0, 0.4))
+    assert plain.recolour(grey, draws_of(1)[0]) is grey
+    shades = [np.asarray(changed.recolour(grey, draw)).astype(int) for draw in draws_of(*range(200))]
+    values = np.array([shade[0, 0, 0] for shade in shades])
+    assert all((shade == shade[0, 0, 0]).all() for shade in shades)
+    assert 59 <= values.min() < 64 and 136 < values.max() <= 141 and abs(values.mean() - 100) < 5
+    again = changed.recolour(grey, draws_of(7)[0])
+    assert np.array_equal(np.asarray(again), shades[7])
+
+
+def test_jitter_changes_colours_and_contrast_and_no_place() -> None:
+    """Of a picture of two colours: both move, differently in every channel, and the edge stays where it is."""
+    halves = Image.new("RGB", (8, 8), (200, 60, 20))
+    halves.paste((20, 60, 200), (4, 0, 8, 8))
+    changed = ImageSamples(config_of("image", "data.jitter=0.4"), Path())
+    for draw in draws_of(*range(20)):
+        pixels = np.asarray(changed.recolour(halves, draw)).astype(int)
+        assert (pixels[:, :4] == pixels[0, 0]).all() and (pixels[:, 4:] == pixels[0, 7]).all()
+        assert pixels[0, 0, 0] > pixels[0, 7, 0] and pixels[0, 0, 2] < pixels[0, 7, 2]
+    spread = [np.ptp(np.asarray(changed.recolour(halves, d))[0, 0].astype(int)) for d in draws_of(*range(50))]
+    assert min(spread) < 140 < 210 < max(spread)  # 180 before: saturation, contrast and brightness
+
+
 def test_an_image_batch_is_a_pure_function_of_its_draws() -> None:
     """Crop, flip and masks of a sample come from its own seed, whoever else is in the batch."""
     samples = ImageSamples(config_of("image", "data.crop_scale=[0.2,1.0]", "data.flip=0.5"), Path())

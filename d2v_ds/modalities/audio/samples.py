@@ -48,6 +48,12 @@ class AudioSamples:
     def attach(self, corpus: Corpus) -> None:
         self.size = len(corpus)
 
+    def volume(self, corpus: Corpus, batch: int) -> tuple[float, float, str]:
+        """What a micro-batch holds on average, cropped to its shortest; what the corpus holds; and of what."""
+        longest = int(self.config.data.max_seconds * RATE)
+        shortest = expected_minimum(np.minimum(corpus.lengths, longest), batch)
+        return batch * shortest / RATE, float(corpus.lengths.sum(dtype=np.float64)) / RATE, "seconds"
+
     def decode(self, corpus: Corpus, unit: int) -> Tensor:
         """One whole sample as `prepare` takes it."""
         return decode_sound(corpus.read(unit)["audio"])
@@ -92,6 +98,12 @@ class AudioSamples:
         frames = [num_frames(len(w), self.config.conv_layers) for w in waveforms]
         padding = torch.arange(max(frames))[None] >= torch.tensor(frames)[:, None]
         return Batch("audio", source, padding if bool(padding.any()) else None)
+
+
+def expected_minimum(values: np.ndarray, number: int) -> float:
+    """The mean of the smallest of `number` of these values, drawn at random."""
+    above = (1 - np.arange(len(values) + 1) / len(values)) ** number  # that none is among the i smallest
+    return float(np.sort(values) @ (above[:-1] - above[1:]))
 
 
 def num_frames(samples: int, conv_layers: tuple[tuple[int, int, int], ...]) -> int:

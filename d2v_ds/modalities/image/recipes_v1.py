@@ -54,7 +54,9 @@ def image_v1_base(variant: Variant = "released") -> Recipe:
                 extra_tokens=1,
                 extra_tokens_init="small",
                 positions="relative",
-                data=ImageData(shards="*train*.tar", batch=128, micro_batches=16, crop_scale=(0.08, 1.0)),
+                data=ImageData(
+                    shards="*train*.tar", batch=128, micro_batches=16, crop_scale=(0.08, 1.0), jitter=0.4
+                ),
             )
         },
         ema=EMA(start=0.9998, end=0.9998, anneal_steps=0),

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageEnhance, UnidentifiedImageError
+from pydantic import Field
 
 from d2v_ds.data import Corpus, Draw
 from d2v_ds.modalities.source import StreamConfig, draw_views, generator, reason
@@ -25,6 +26,8 @@ class ImageData(StreamConfig):
     """Share of the picture's area that a crop covers; (1, 1) takes all of it."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    jitter: float = Field(0.0, ge=0, le=1)
+    """Brightness, contrast and saturation are each changed by a factor from 1 - jitter to 1 + jitter (v1: 0.4)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -43,6 +46,10 @@ class ImageSamples:
     def attach(self, corpus: Corpus) -> None:
         self.size = len(corpus)
 
+    def volume(self, corpus: Corpus, batch: int) -> tuple[float, float, str]:
+        """What a micro-batch holds, what the corpus holds, and of what."""
+        return batch, self.size, "images"
+
     def decode(self, corpus: Corpus, unit: int) -> Image.Image:
         """One whole sample as `prepare` takes it."""
         return self.read(corpus, unit)
@@ -56,12 +63,21 @@ class ImageSamples:
 
     def collate(self, images: list[Image.Image], draws: list[Draw]) -> Batch:
         pixels = [
-            self.normalise(self.augment(image, generator(draw, "crop")))
+            self.normalise(self.augment(self.recolour(image, draw), generator(draw, "crop")))
             for image, draw in zip(images, draws, strict=True)
         ]
         tokens = (self.config.size // self.config.patch) ** 2
         views = draw_views(draws, [tokens] * len(draws), self.config)
         return Batch("image", torch.stack(pixels), **views)
+
+    def recolour(self, image: Image.Image, draw: Draw) -> Image.Image:
+        """The whole picture, before any crop, with its changes in random order."""
+        if not self.config.data.jitter:
+            return image
+        rng = generator(draw, "jitter")
+        for change in rng.permutation([ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]):
+            image = change(image).enhance(1 + rng.uniform(-1, 1) * self.config.data.jitter)
+        return image
 
     def augment(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         data, size = self.config.data, self.config.size

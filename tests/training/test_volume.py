@@ -1,0 +1,84 @@
+"""The first lines of a run say how much a step holds, in the recipe's unit, and the epochs that follow."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+from ranks import SAMPLE
+
+from d2v_ds.data import Plan
+from d2v_ds.modalities.audio.samples import expected_minimum
+from d2v_ds.modalities.source import open_source
+from d2v_ds.recipe import load_recipe
+from d2v_ds.training.volume import describe_volume
+
+
+def describe(name: str, modality: str, steps: int, *overrides: str) -> str:
+    recipe = load_recipe(name, [f"modalities.{modality}.{o}" for o in overrides])
+    source = open_source(modality, recipe.modalities[modality], str(SAMPLE))
+    return describe_volume(source, Plan(recipe.seed, [source.stream]), steps)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_expected_minimum_is_that_of_all_draws(number):
+    values = np.array([7, 2, 11, 3, 5])
+    everything = [min(draw) for draw in itertools.product(values.tolist(), repeat=number)]
+    assert expected_minimum(values, number) == pytest.approx(sum(everything) / len(everything))
+
+
+def test_images_are_counted():
+    """450 of the committed shards."""
+    text = describe("multimodal_tiny", "image", 75, "data.batch=3", "data.micro_batches=4")
+    assert text == "image: 12 images a step (4 micro-batches of 3), 2.00 epochs of 450 images in 75 steps"
+
+
+def test_text_is_counted_in_tokens():
+    text = describe("text_tiny", "text", 1000, "data.batch=2", "data.micro_batches=8")
+    found = re.fullmatch(
+        r"text: 1,024 tokens a step \(8 micro-batches of 2\), (.+) epochs of ([\d,]+) tokens in 1000 steps",
+        text,
+    )
+    tokens = int(found[2].replace(",", ""))
+    assert tokens % 64 == 0 and float(found[1]) == pytest.approx(1_024_000 / tokens, abs=0.006)
+
+
+def test_samples_of_text_are_counted_by_their_mean():
+    """Never more than max_tokens, and <s> counts."""
+    text = describe("multimodal_tiny", "text", 10, "data.mode=samples", "data.shards=multimodal-train-*.tar")
+    a_step, total = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) tokens", text))
+    assert total < 450 * 64 and a_step == pytest.approx(24 * total / 450, abs=1)
+
+
+def test_sound_is_counted_in_seconds_whole_or_cropped():
+    """A sound alone is whole; of two the shorter decides; what is longer than max_seconds is cropped."""
+
+    def seconds(batch: int, most: float) -> tuple[float, str]:
+        settings = (
+            f"data.batch={batch}",
+            "data.micro_batches=1000",
+            f"data.max_seconds={most}",
+            "data.min_seconds=0.1",
+        )
+        text = describe("audio_tiny", "audio", 450, *settings)
+        return int(re.match(r"audio: ([\d,]+) seconds", text)[1].replace(",", "")), text
+
+    (whole, text), (pairs, lossy), (short, _) = seconds(1, 20), seconds(2, 20), seconds(1, 0.5)
+    total = int(re.search(r"epochs of ([\d,]+) seconds = 0.1 h", text)[1])
+    assert (
+        whole == pytest.approx(1000 * total / 450, abs=2)
+        and "1000.00 epochs" in text
+        and "cropping" not in text
+    )
+    assert short == 500
+    assert whole < pairs < 2 * whole
+    assert f"cropping loses {1 - pairs / (2 * whole):.0%}" in lossy and "2000.00 epochs" in lossy
+
+
+def test_small_speech_takes_crops_of_one_length():
+    """8 s of every sound that has them, so a step is as long as its docstring says: 256 s."""
+    data = load_recipe("audio_small").modalities["audio"].data
+    lengths = np.minimum(np.linspace(data.min_seconds, 30, 100), data.max_seconds)
+    assert expected_minimum(lengths, data.batch) * data.batch * data.micro_batches == pytest.approx(256)
