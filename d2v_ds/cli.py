@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--format", default="safetensors", help="safetensors (ours, the default), hf, fairseq or onnx"
     )
+    export.add_argument("--modality", default=None, help="which of a joint model (hf, onnx)")
     export.set_defaults(run=run_export)
 
     imported = commands.add_parser("import", help="a fairseq or Hugging Face model as an export of ours")
@@ -60,6 +61,28 @@ def build_parser() -> argparse.ArgumentParser:
 
     recipes = commands.add_parser("recipes", help="list the shipped recipes")
     recipes.set_defaults(run=run_recipes)
+
+    embed = commands.add_parser("embed", help="embeddings of shards or of a folder of files, in one file")
+    embed.add_argument("model", help="run folder, export, fairseq file or Hugging Face folder")
+    embed.add_argument("data", help="folder of files or of shards, or a pattern of shards")
+    embed.add_argument("--out", type=Path, required=True, help="a .parquet or .npy file")
+    embed.add_argument("--modality", default=None, help="which, if the model has several")
+    embed.add_argument(
+        "--layer", default="last", help="last (default), all, or a block's number from 0, or -1, -2"
+    )
+    embed.add_argument(
+        "--pool",
+        default="mean",
+        help="mean (default), cls (class token, or <s> of a text) or none: every token",
+    )
+    embed.add_argument("--batch", type=int, default=32, help="items at once (default: 32)")
+    embed.add_argument("--device", default=None, help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    embed.add_argument("--weights", default=None, help="student or teacher, where the model has both")
+    embed.add_argument("--label", default="cls;json.label", help="member or json key with the label, if any")
+    embed.add_argument(
+        "--workers", type=int, default=None, help="threads that decode (default: cores, at most 8)"
+    )
+    embed.set_defaults(run=run_embed)
 
     probe = commands.add_parser("probe", help="ridge probes on frozen features of labelled shards")
     probe.add_argument("model", type=Path, help="run folder or export")
@@ -80,7 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
 def run_export(arguments: argparse.Namespace) -> int:
     from d2v_ds.convert.consolidate import export
 
-    print(f"wrote {export(arguments.path, arguments.out, arguments.weights, arguments.format)}")
+    chosen = arguments.weights, arguments.format, arguments.modality
+    print(f"wrote {export(arguments.path, arguments.out, *chosen)}")
     return 0
 
 
@@ -107,6 +131,18 @@ def run_recipes(arguments: argparse.Namespace) -> int:
 
     for name, function in sorted(recipes().items()):
         print(f"{name:20} {(function.__doc__ or '').splitlines()[0]}")
+    return 0
+
+
+def run_embed(arguments: argparse.Namespace) -> int:
+    from d2v_ds.tasks.embed import embed
+
+    options = {k: v for k, v in vars(arguments).items() if k not in ("run", "model", "data", "out")}
+    try:
+        print(embed(arguments.model, arguments.data, arguments.out, **options, say=print))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where it was", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -25,9 +28,9 @@ FORMATS = ("safetensors", "hf", "fairseq", "onnx")
 Weights = Literal["student", "teacher", "both"]
 TOKENIZERS = ("*.model", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "dict*.txt")
 LICENCE = (
-    "These weights were imported. Their licence is that of their source, which the file does not tell: look there "
-    "before you share or sell anything made with them. Of the weights that Meta released, the README of fairseq's "
-    "data2vec puts those of 2.0 for images under CC-BY-NC, as does that of the repository of v1 images."
+    "These weights were imported: they have the licence of their source, which the file does not tell. If Meta "
+    "released them: fairseq's README puts pre-trained models under MIT, but the README of its data2vec those of "
+    "images under CC-BY-NC, and so does the repository of v1 images. If they are of somebody else, look there."
 )
 
 
@@ -64,16 +67,18 @@ def export(
     out: str | Path,
     weights: Weights | None = None,
     format: str = "safetensors",  # noqa: A002
+    modality: str | None = None,
 ) -> Path:
     """Writes what lies at `path` (anything that d2v_ds.load takes) into the folder `out`; returns it.
 
     `weights`: unsaid, the student's, or what is there; with format="fairseq", whose files hold both, everything.
-    Raises ValueError for an unknown format, and for a model that the format cannot hold.
+    `modality`: which one of a joint model, for hf and onnx, which hold one. Raises ValueError for an unknown format,
+    and for a model that the format cannot hold.
     """
     from d2v_ds.convert.load import choose_weights, read  # which reads what is written here
 
     path, out = Path(path), Path(out)
-    check_format(format)
+    check_format(format, modality)
     if weights is None and format != "fairseq" and is_run(path):
         weights = "student"  # or the whole teacher would be read for nothing
     stored = read(path, weights)
@@ -82,24 +87,19 @@ def export(
     if format == "safetensors":
         write_export(stored, out, find_checkpoint(path).loop["applied_steps"] if is_run(path) else None)
     elif format == "fairseq":
-        from d2v_ds.convert.fairseq_file import read_fairseq, write_fairseq
-
-        file = write_fairseq(stored, out)
-        check_same(stored, read_fairseq(file), str(file))
-        copy_tokenizer(stored, out)
-        write_card(stored, out, f'd2v_ds.load("THIS_FOLDER/{file.name}")')
+        write_checked_fairseq(stored, out)
     elif format == "hf":
         from d2v_ds.convert.huggingface import write_huggingface
 
-        write_huggingface(stored, out)
+        write_huggingface(stored, out, modality=modality)
     else:
         from d2v_ds.convert.onnx import write_onnx
 
-        write_onnx(stored, out)
+        write_onnx(stored, out, modality=modality)
     return out
 
 
-def check_format(format: str) -> None:  # noqa: A002
+def check_format(format: str, modality: str | None) -> None:  # noqa: A002
     if format == "timm":
         raise ValueError(
             "format 'timm' cannot be: a stock timm ViT has its norms before attention and MLP, data2vec's blocks "
@@ -107,6 +107,10 @@ def check_format(format: str) -> None:  # noqa: A002
         )
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}, must be one of {', '.join(FORMATS)}")
+    if modality is not None and format in ("safetensors", "fairseq"):
+        raise ValueError(
+            f"modality={modality!r} is for hf and onnx; {format} holds all modalities of a model"
+        )
 
 
 def is_run(path: Path) -> bool:
@@ -116,28 +120,25 @@ def is_run(path: Path) -> bool:
 def write_export(stored: Stored, out: str | Path, applied_steps: int | None = None) -> Path:
     """Writes model.safetensors (fp32), config.json, the tokenizer and a README into `out`; returns the folder.
 
-    What was written is read back and gives the same outputs to the bit, or RuntimeError says that it does not.
+    It is read back first and gives the same outputs to the bit, or nothing is written (RuntimeError).
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / ".tmp-model.safetensors"
-    save_file(stored.tensors, temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # safetensors makes files that only their owner reads
-    temporary.replace(out / "model.safetensors")
     config = {
         "format": FORMAT,
         "version": 1,
-        "origin": stored.origin,
+        "origin": stored.source,
         "weights": stored.weights,
         "step": stored.step,
         "applied_steps": stored.step if applied_steps is None else applied_steps,
         "head": None if stored.head is None else stored.head.model_dump(mode="json"),
         "recipe": stored.recipe.model_dump(mode="json"),
     }
-    (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    copy_tokenizer(stored, out)
-    write_card(stored, out, 'd2v_ds.load("THIS_FOLDER")')
-    check_export(stored, out)
+    with staged(out) as folder:
+        save_file(stored.tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        copy_tokenizer(stored, folder)
+        write_card(stored, folder, 'd2v_ds.load("THIS_FOLDER")')
+        check_export(stored, folder)
     return out
 
 
@@ -149,10 +150,31 @@ def check_export(stored: Stored, out: Path) -> None:
         name for name, tensor in stored.tensors.items() if not torch.equal(again.tensors[name], tensor)
     ]
     if changed:
-        raise RuntimeError(
-            f"{out} was written, but read back {', '.join(changed[:5])} are others: do not use it"
-        )
-    check_same(stored, again, str(out))
+        raise RuntimeError(f"what was written gives others for {', '.join(changed[:5])}")
+    check_same(stored, again)
+
+
+def write_checked_fairseq(stored: Stored, out: Path) -> Path:
+    from d2v_ds.convert.fairseq_file import read_fairseq, write_fairseq
+
+    with staged(out) as folder:
+        file = write_fairseq(stored, folder)
+        check_same(stored, read_fairseq(file))
+        copy_tokenizer(stored, folder)
+        write_card(stored, folder, f'd2v_ds.load("THIS_FOLDER/{file.name}")')
+    return out
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder beside `out`; its files take their place there once all went well, or nothing does."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".tmp-") as temporary:
+        yield Path(temporary)
+        out.mkdir(exist_ok=True)
+        for file in Path(temporary).iterdir():
+            file.chmod(0o644)  # safetensors makes files that only their owner reads
+            file.replace(out / file.name)
 
 
 def tokenizers(run: Path) -> list[Path]:
@@ -160,9 +182,7 @@ def tokenizers(run: Path) -> list[Path]:
 
 
 def copy_tokenizer(stored: Stored, out: Path) -> None:
-    if stored.files is None or stored.files.resolve() == out.resolve():
-        return
-    for pattern in TOKENIZERS:
+    for pattern in TOKENIZERS if stored.files else ():
         for file in stored.files.glob(pattern):
             shutil.copyfile(file, out / file.name)
 
@@ -175,15 +195,14 @@ def card(stored: Stored, load: str) -> str:
     """A README: whose weights after how many steps on which data, how to use them, whose licence they have."""
     recipe = stored.recipe
     version = "1.0" if any(config.view == "masked" for config in recipe.modalities.values()) else "2.0"
-    is_ours = stored.origin.startswith("run")
     steps = f" after {stored.step} steps" if stored.step is not None else ""
-    data = f" on `{recipe.data}`" if is_ours else ""
+    data = f" on `{recipe.data}`" if stored.is_own_run else ""
     parameters = sum(tensor.numel() for tensor in stored.tensors.values()) / 1e6
     use = "features = encoder.extract(x)"
     if stored.head is not None:
         use += f"\nanswers = encoder.predict(x)  # {stored.head.kind}, {stored.head.outputs} outputs"
     return (
         f"# {recipe.name}\n\ndata2vec {version} weights ({stored.weights}){steps}{data}: "
-        f"{', '.join(recipe.modalities)}, {parameters:.1f} M parameters, fp32. Origin: {stored.origin}.\n\n"
+        f"{', '.join(recipe.modalities)}, {parameters:.1f} M parameters, fp32. Origin: {stored.source}.\n\n"
         f"```python\nimport d2v_ds\n\nencoder = {load}\n{use}\n```\n"
-    ) + ("" if is_ours else f"\n## Licence\n\n{LICENCE}\n")
+    ) + ("" if stored.is_own_run else f"\n## Licence\n\n{LICENCE}\n")

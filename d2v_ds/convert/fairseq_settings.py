@@ -65,6 +65,10 @@ def shared(what: str, values: set[Any]) -> Any:
     return next(iter(values))
 
 
+def refuse_eps(key: str, eps: float, only: float) -> None:
+    refuse(eps != only, f"{key}={eps:g}, and the original's norms have {only:g}, which is no setting there")
+
+
 def refuse(is_impossible: bool, why: str) -> None:
     if is_impossible:
         raise ValueError(f"fairseq's configuration cannot hold this model: {why}; export to safetensors")
@@ -166,6 +170,7 @@ def conv_spec(config: Any) -> str:
 
 
 def text_settings(config: Any, recipe: Recipe) -> dict[str, Any]:
+    refuse_eps("modalities.text.embed_norm_eps", config.embed_norm_eps, 1e-5)
     return {
         "max_source_positions": config.max_tokens,
         "dropout": config.embed_dropout,
@@ -189,6 +194,7 @@ def settings_v1(recipe: Recipe) -> dict[str, Any]:
     refuse(
         config.teacher not in scopes, f"modalities.{name}.teacher={config.teacher} must be one of {scopes}"
     )
+    refuse_eps("body.norm_eps", recipe.body.norm_eps, 1e-5)
     settings = target_settings(recipe)
     refuse(settings.pop("end_of_block_targets"), "targets of block outputs are of v1 images")
     return {"_name": NAME_V1[name]} | (audio_v1 if name == "audio" else text_v1)(config, recipe) | settings

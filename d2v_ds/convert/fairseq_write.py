@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from d2v_ds.convert import beit, fairseq, fairseq_v1
-from d2v_ds.convert.fairseq_settings import NAME_V1, settings_v1, settings_v2, task_settings
+from d2v_ds.convert.fairseq_settings import (
+    NAME_V1,
+    refuse,
+    refuse_eps,
+    settings_v1,
+    settings_v2,
+    task_settings,
+)
 from d2v_ds.convert.fairseq_training import their_training
 from d2v_ds.convert.fairseq_tuned import TUNED, TUNED_IN_PLACE, Tuned
 from d2v_ds.convert.names import Names
@@ -180,6 +187,12 @@ def head_settings(stored: Stored, tuned: Tuned) -> dict[str, Any]:
 
 
 def beit_dict(stored: Stored) -> dict[str, Any]:
+    body, config = stored.recipe.body, stored.recipe.modalities["image"]
+    refuse_eps("body.norm_eps", body.norm_eps, 1e-6)
+    refuse(
+        config.positions == "sincos" or config.extra_tokens != 1 or not body.norm_first,
+        "a BEiT-like model has norms first, one class token and relative positions",
+    )
     student, teacher, head = split(stored)
     checkpoint = {
         "model": beit.their_weights(student | {HEAD + name: tensor for name, tensor in head.items()})
@@ -188,6 +201,5 @@ def beit_dict(stored: Stored) -> dict[str, Any]:
         checkpoint["model_ema"] = {
             name: tensor.clone() for name, tensor in beit.their_weights(student | teacher).items()
         }
-    mean = stored.recipe.modalities["image"].data.mean
-    checkpoint["args"] = {"imagenet_default_mean_and_std": mean != (0.5, 0.5, 0.5)}
+    checkpoint["args"] = {"imagenet_default_mean_and_std": config.data.mean != (0.5, 0.5, 0.5)}
     return checkpoint

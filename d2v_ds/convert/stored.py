@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,11 @@ from d2v_ds.recipe import Recipe
 
 @dataclass
 class Stored:
-    """A model as it lies on disk, read whole."""
+    """A model as it lies on disk, read whole.
+
+    What only pre-training needs may be absent from `tensors`, each part as a whole: decoders; in fine-tuned models
+    the mask embedding too, and `norm.` of v1 images, whose head reads the last block's output.
+    """
 
     recipe: Recipe
     tensors: dict[str, Tensor]
@@ -27,3 +32,13 @@ class Stored:
     """Updates the weights have seen, where the file says so."""
     weights: str = "student"
     """student, teacher (under the student's names) or both."""
+
+    @property
+    def source(self) -> str:
+        """Where the weights came from first, whatever they were exported to since."""
+        return re.sub(r"^(export of )+", "", self.origin)
+
+    @property
+    def is_own_run(self) -> bool:
+        """Trained by d2v_ds, not read from a file of others."""
+        return self.source.startswith("run")

@@ -167,7 +167,7 @@ def test_the_command_exports_what_the_function_does(run, tmp_path, exports, caps
 
 def test_a_folder_without_a_checkpoint_is_an_error(tmp_path, capsys):
     """Of the command too: exit code 2, one line."""
-    with pytest.raises(ValueError, match="holds no checkpoint: it has no step_\\* folder; give a run folder"):
+    with pytest.raises(ValueError, match="holds no checkpoint: it is empty; give a run folder"):
         export(tmp_path, tmp_path / "out")
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path} holds no checkpoint")
