@@ -31,6 +31,7 @@ setup(
         "pillow>=10",
         "numpy>=1.26",
         "matplotlib>=3.8",
+        "pyarrow>=15",  # embeddings as parquet
         "scikit-learn>=1.3",  # the handwritten digits of the sample shards
         "setuptools>=70.1,<82",  # what DeepSpeed builds its operators with
         "ninja",

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_ds.modalities import inputs
-from d2v_ds.modalities.inputs import Prepared
+from d2v_ds.modalities.prepared import Prepared
 from d2v_ds.model.data2vec import Data2Vec
 from d2v_ds.model.heads import HeadConfig
 from d2v_ds.recipe import Recipe

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from d2v_ds.modalities.audio.samples import RATE, AudioSamples, decode_sound, num_frames
-from d2v_ds.modalities.inputs import (
+from d2v_ds.modalities.prepared import (
     Prepared,
     as_tensor,
     describe,

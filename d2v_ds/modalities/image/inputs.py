@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from d2v_ds.modalities.image.samples import ImageSamples, decode_image
-from d2v_ds.modalities.inputs import (
+from d2v_ds.modalities.prepared import (
     Prepared,
     as_tensor,
     describe,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v_ds.modalities.inputs import (
+from d2v_ds.modalities.prepared import (
     Prepared,
     as_tensor,
     describe,
