@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from ranks import ROOT
 
 import d2v_ds
 from d2v_ds.config import dotted_keys
@@ -380,3 +382,31 @@ def test_a_docstring_says_command_cost_and_what_to_expect(name):
     assert f"--recipe {name} data=DIR" in text
     assert "A100 hours" in text and "estimate" in text and "Expected:" in text
     assert ("GPUs:" in text) or "one GPU" in text
+
+
+def test_the_documented_table_has_every_recipe_with_its_values():
+    """Width, blocks, K, learning rate, decay, clip, batch and steps of all but the tiny ones."""
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text for name in recipes() if name.endswith("_tiny"))
+    lines = [line.strip("| ") for line in text.splitlines() if line.count("|") == 11]
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    seen = set()
+    for cells in rows[2:]:
+        name, *rest = cells[0].replace("`", "").split()
+        seen.add((name, "paper" in rest))
+        recipe = load_recipe(name, ["variant=paper"] if "paper" in rest else [])
+        modality = rest[0] if len(recipe.modalities) > 1 else next(iter(recipe.modalities))
+        config, optim = recipe.modalities[modality], recipe.optim
+        width, *blocks = map(int, re.findall(r"\d+", cells[1]))
+        assert (width, sum(blocks)) == (recipe.body.dim, recipe.body.depth + config.prenet_depth)
+        assert cells[2] == f"{config.clones} x {config.mask.ratio:g}"
+        assert cells[3].split(":")[0] == str(config.target.top_k)
+        assert cells[4].split()[0] == f"{recipe.ema.start:g}" and f"{recipe.ema.end:g}" in cells[4].split()
+        assert cells[5].split(",")[0] == f"{optim.lr:g}"
+        assert cells[6] == f"{optim.weight_decay:g} {optim.decay}, {optim.clip:g}"
+        assert cells[7].startswith(f"{config.data.micro_batches} x {config.data.batch} = ")
+        assert cells[8].split(":")[0] == f"{recipe.train.steps:,}"
+        cost = " ".join(recipes()[name].__doc__.split())
+        assert f"(paper {cells[9]})" in cost or f"{cells[9]} A100 hours" in cost
+    real = {name for name in recipes() if not name.endswith("_tiny")}
+    assert seen == {(name, False) for name in real} | {(name, True) for name in WITH_PAPER}
