@@ -12,17 +12,18 @@ from checkpoints import CASES, TUNED, beit, flat, pretrained, recorded, text_v1,
 
 import d2v_ds
 from d2v_ds.cli import main
-from d2v_ds.convert import consolidate
+from d2v_ds.convert import consolidate, fairseq, fairseq_v1
 from d2v_ds.convert.check import outputs
 from d2v_ds.convert.consolidate import card, export, write_export
 from d2v_ds.convert.fairseq_file import from_dict, read_fairseq, write_fairseq
+from d2v_ds.convert.fairseq_settings import settings_v1, settings_v2, task_settings
 from d2v_ds.convert.fairseq_write import to_dict
 from d2v_ds.convert.load import read
 from d2v_ds.convert.stored import Stored
 from d2v_ds.modalities.build import build_model
 from d2v_ds.model.data2vec import TEACHER
 from d2v_ds.model.layers import Body
-from d2v_ds.recipe import Recipe, load_recipe
+from d2v_ds.recipe import Recipe, load_recipe, recipes
 
 FILES: dict[str, Callable[[], dict[str, Any]]] = {
     **{case: lambda case=case: pretrained(case) for case in CASES},
@@ -122,6 +123,38 @@ def test_positions_with_a_norm_before_them_are_nested_one_deeper(is_pre_norm: bo
     assert name in checkpoint["model"]
     again = from_dict(checkpoint)
     assert all(torch.equal(tensor, again.tensors[key]) for key, tensor in stored.tensors.items())
+
+
+WRITABLE = sorted(name for name in recipes() if not name.startswith(("multimodal", "image_v1")))
+
+
+@pytest.mark.parametrize("name", WRITABLE)
+def test_every_shipped_recipe_can_be_said_in_fairseqs_settings(name: str) -> None:
+    """And is the same when they are read; data and `cls_rows` have no place there."""
+    recipe = load_recipe(name)
+    ((modality, config),) = recipe.modalities.items()
+    if config.view == "masked":
+        settings = settings_v1(recipe)
+        if modality == "text":
+            settings["vocabulary"] = config.vocabulary
+        body, configs = fairseq_v1.our_config(settings, task_settings(recipe))
+    else:
+        settings = settings_v2(recipe, has_teacher=True)
+        if modality == "text":
+            settings["modalities"]["text"]["vocabulary"] = config.vocabulary
+        body, configs = fairseq.our_config(settings)
+    assert body == recipe.body
+    ours, theirs = config.model_dump(), configs[modality].model_dump()
+    for part in ("data", "mask"):
+        ours.pop(part), theirs.pop(part)
+    ours["loss"].pop("cls_rows"), theirs["loss"].pop("cls_rows")
+    ours["loss"].pop("weight"), theirs["loss"].pop("weight")
+    if config.decoder.layers == 0:  # then nothing depends on them
+        for key in ("kernel", "groups", "residual"):
+            ours["decoder"].pop(key), theirs["decoder"].pop(key)
+    assert theirs == ours
+    mask, again = config.mask, configs[modality].mask
+    assert (again.kind, again.ratio, again.length) == (mask.kind, mask.ratio, mask.length)
 
 
 # ---- what fairseq cannot hold ----
