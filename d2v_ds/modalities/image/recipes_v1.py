@@ -104,8 +104,10 @@ def image_v1_large_2(variant: Variant = "released") -> Recipe:
     deepspeed train.py --deepspeed zero2 --recipe image_v1_large_2 data=DIR init=checkpoints/image_v1_large
 
     GPUs: 64 in the released command. Cost: 1,123 A100 hours (estimate, docs/recipes.md); none are published.
-    Expected: 86.6 % top-1 on ImageNet after fine-tuning (Papers with Code). A teacher twice as slow, starting
-    as a copy of the student, and half the warm-up.
+    Expected: 86.6 % top-1 on ImageNet after fine-tuning (Papers with Code).
+
+    A teacher twice as slow, and half the warm-up. In the original it starts as a copy of the student; `init` takes
+    the teacher of the first 800 epochs with it.
     """
     check_variant("image_v1_large_2", variant, "released")
     recipe = image_v1_large()
