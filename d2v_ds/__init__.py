@@ -15,6 +15,9 @@ _PUBLIC = {
     "train": "d2v_ds.training.run",
     "Recipe": "d2v_ds.recipe",
     "Data2Vec": "d2v_ds.model.data2vec",
+    "D2vModalitiesConfig": "d2v_ds.multi",
+    "Data2VecMultiConfig": "d2v_ds.multi",
+    "Data2VecMultiModel": "d2v_ds.multi",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

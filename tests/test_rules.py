@@ -23,6 +23,7 @@ LEVELS = {
     "recipe": 3,
     "engine": 4,
     "convert": 5,
+    "multi": 6,
     "tasks": 6,
     "training": 7,
     "cli": 8,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from d2v_ds.modalities import net
 from d2v_ds.model.data2vec import Data2Vec
-from d2v_ds.model.encoder import ModalityConfig
+from d2v_ds.model.decoder import Decoder
+from d2v_ds.model.encoder import ModalityConfig, ModalityEncoder
 from d2v_ds.model.layers import Body, bert_init, shrink_residuals
 
 
@@ -16,17 +17,28 @@ def build_model(
     Order of initialisation as in the original: everything BERT-like, then each modality's own resets, then the
     teacher. Random numbers come from torch's default generator: seed it first, equally on all ranks.
     """
-    encoders = {
-        name: net(name).build_encoder(config, body, fairseq_compat) for name, config in modalities.items()
-    }
-    decoders = {name: net(name).build_decoder(config, body.dim) for name, config in modalities.items()}
-    model = Data2Vec(body, modalities, encoders, decoders, fairseq_compat)
-    bert_init(model)
-    if body.norm_first:
-        shrink_residuals(model.blocks)
-    for name in modalities:
-        net(name).init_encoder(encoders[name])
-        net(name).init_decoder(decoders[name])
+    model = Data2Vec(body, modalities, *build_parts(body, modalities, fairseq_compat), fairseq_compat)
+    init_model(model, body)
     if has_teacher:
         model.build_teacher()
     return model
+
+
+def build_parts(
+    body: Body, modalities: dict[str, ModalityConfig], fairseq_compat: bool = False
+) -> tuple[dict[str, ModalityEncoder], dict[str, Decoder]]:
+    """Encoders and decoders by modality."""
+    encoders = {
+        name: net(name).build_encoder(config, body, fairseq_compat) for name, config in modalities.items()
+    }
+    return encoders, {name: net(name).build_decoder(config, body.dim) for name, config in modalities.items()}
+
+
+def init_model(model: Data2Vec, body: Body) -> None:
+    """Fresh values for the student; `build_teacher` comes after it."""
+    bert_init(model)
+    if body.norm_first:
+        shrink_residuals(model.blocks)
+    for name, encoder in model.encoders.items():
+        net(name).init_encoder(encoder)
+        net(name).init_decoder(model.decoders[name])
