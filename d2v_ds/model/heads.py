@@ -51,7 +51,7 @@ class CTCHead(nn.Module):
         logits = self.proj(x_BTD)
         if padding_BT is None:
             return logits
-        blank = torch.full_like(logits[0, 0], torch.finfo(logits.dtype).min)
+        blank = torch.full_like(logits[0, 0], -3e4)  # probability 0, and finite in fp16 too
         blank[0] = 0
         return torch.where(padding_BT[:, :, None], blank, logits)
 
