@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from d2v_ds.convert.consolidate import LICENCE
 from d2v_ds.convert.single import modality_of
 from d2v_ds.convert.stored import Stored
 
@@ -35,10 +36,6 @@ HEAD_CLASSES = {
     "image_classification": "AutoModelForImageClassification",
     "sentence_classification": "AutoModelForSequenceClassification",
 }
-LICENCE_OF_FAIRSEQ = (
-    "Imported from a fairseq checkpoint. fairseq's README puts its pre-trained models under its own licence (MIT); "
-    "if the file is of somebody else, theirs holds. Check where you got it before you publish this folder."
-)
 
 
 def card(stored: Stored, config: dict[str, Any], notes: str, tolerance: float) -> str:
@@ -108,26 +105,19 @@ def rows(stored: Stored, tolerance: float) -> list[str]:
     return [
         f"- Weights: {whose}, fp32{head}.",
         f"- Size: {owned / 1e6:.1f} M parameters; {body.dim} wide, {body.depth} shared blocks, {body.heads} heads.",
-        f"- Read from: {stored.origin}.",
-        f"- Data: {'`' + str(recipe.data) + '`' if is_own_run(stored) else 'as its authors say'}; modality {name}.",
+        f"- Read from: {stored.source}.",
+        f"- Data: {'`' + str(recipe.data) + '`' if stored.is_own_run else 'as its authors say'}; modality {name}.",
         f"- Steps: {steps}.",
         f"- Checked when it was written: loaded back, every layer agrees with d2v_ds to {tolerance:g}.",
     ]
 
 
-def is_own_run(stored: Stored) -> bool:
-    """Whether these weights are of a run of d2v_ds, not of a file of others."""
-    return stored.origin.startswith(("run", "export"))
-
-
 def licence_text(stored: Stored, licence: str | None) -> str:
-    if "fairseq" in stored.origin:
-        return LICENCE_OF_FAIRSEQ
     if licence:
         return f"`{licence}`, as the card of the folder says that they were read from."
-    if is_own_run(stored):
+    if stored.is_own_run:
         return "None was chosen yet. Whoever trained them, on data that allows it, chooses one (`license:` above)."
-    return "Not known: it was not said where they were read from. Find out before you publish this folder."
+    return LICENCE
 
 
 def source_licence(files: Path | None) -> str | None:

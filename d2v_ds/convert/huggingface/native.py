@@ -273,8 +273,7 @@ def their_weights(stored: Stored) -> dict[str, Tensor]:
             names = [SHARED_TABLE] if layers == 1 else [BLOCK_TABLE.format(i) for i in range(layers)]
             theirs |= {n: table.clone() for n, table in zip(names, tensor, strict=True)}
             continue
-        names = family.names.theirs(key)
-        assert names, f"{key} has no name in {family.plain}"
+        names = their_names(key, family)
         parts = tensor.chunk(3) if len(names) == 3 else [tensor]
         theirs |= {n: part.clone() for n, part in zip(names, parts, strict=True)}
     if name == "text":
@@ -282,20 +281,28 @@ def their_weights(stored: Stored) -> dict[str, Tensor]:
     if name == "image" and "embeddings.mask_token" in theirs:
         theirs["embeddings.mask_token"] = theirs["embeddings.mask_token"].reshape(1, 1, -1)
     prefix = family.prefix if stored.head else ""
-    return {key if is_of_head(key) else prefix + key: tensor for key, tensor in spelled(theirs).items()}
+    return {key if is_of_head(key) else prefix + key: tensor for key, tensor in theirs.items()}
+
+
+def their_names(name: str, family: Family) -> list[str]:
+    """What transformers calls a tensor of ours, or the three that it is split into."""
+    return [long(theirs) for theirs in family.names.theirs(name)] or [name]
 
 
 def is_of_head(name: str) -> bool:
     return name.startswith(("lm_head.", "classifier."))
 
 
-def spelled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`query`, `key`, `value` where text and vision spell them out."""
-    out = {letter: word for word, letter in WORDS.items()}
-    return {
-        re.sub(r"(attention\.(?:self|attention))\.([qkv])\.", lambda m: f"{m[1]}.{out[m[2]]}.", name): tensor
-        for name, tensor in tensors.items()
-    }
+def long(name: str) -> str:
+    """`query`, `key`, `value` in full, where transformers writes them so."""
+    words = {letter: word for word, letter in WORDS.items()}
+    return re.sub(r"(attention\.(?:self|attention))\.([qkv])\.", lambda m: f"{m[1]}.{words[m[2]]}.", name)
+
+
+def short(name: str) -> str:
+    return re.sub(
+        r"(attention\.(?:self|attention))\.(query|key|value)\.", lambda m: f"{m[1]}.{WORDS[m[2]]}.", name
+    )
 
 
 # ---- in ----
@@ -425,21 +432,15 @@ def our_weights(tensors: dict[str, Tensor], family: Family) -> tuple[dict[str, T
     parts: dict[Place, Tensor] = {}
     unknown = []
     for name, tensor in tensors.items():
-        place = family.names.ours(shortened(name))
+        place = family.names.ours(short(name))
         if place is not None:
             parts[place] = tensor.reshape(-1) if place.name.endswith("mask_token") else tensor
         elif not BESIDES.fullmatch(name):
             unknown.append(name)
-    ours = fuse(parts)
+    ours = fuse(parts, lambda name: their_names(name, family))
     if tables:
         ours[TABLE] = whole_table(tables)
     return ours, unknown
-
-
-def shortened(name: str) -> str:
-    return re.sub(
-        r"(attention\.(?:self|attention))\.(query|key|value)\.", lambda m: f"{m[1]}.{WORDS[m[2]]}.", name
-    )
 
 
 def whole_table(tables: dict[str, Tensor]) -> Tensor:

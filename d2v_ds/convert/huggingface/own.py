@@ -121,13 +121,17 @@ def head_settings(head: HeadConfig | None) -> dict[str, Any]:
 def their_weights(stored: Stored) -> dict[str, Tensor]:
     """Tensors under the names of the modeling file. A mask embedding has no place: the file is for whole samples."""
     name, _ = modality_of(stored)
-    prefix = PREFIX if stored.head else ""
-    own = f"encoders.{name}."
     return {
-        key if key.startswith(HEAD) else prefix + key.removeprefix(own): tensor
+        their_name(key, name, stored.head): tensor
         for key, tensor in stored.tensors.items()
-        if key != f"{own}context.mask_token"
+        if key != f"encoders.{name}.context.mask_token"
     }
+
+
+def their_name(name: str, modality: str, head: HeadConfig | None) -> str:
+    if name.startswith(HEAD):
+        return name
+    return (PREFIX if head else "") + name.removeprefix(f"encoders.{modality}.")
 
 
 def our_weights(tensors: dict[str, Tensor], modality: str, has_head: bool) -> dict[str, Tensor]:

@@ -56,6 +56,7 @@ def write_image_processor(out: Path, config: ModalityConfig, remote: str | None)
         "image_processor_type": name,
         "size": {"height": config.size, "width": config.size},
         "resample": BICUBIC,
+        "do_convert_rgb": True,
         "do_resize": True,
         "do_center_crop": False,
         "do_rescale": True,

@@ -120,7 +120,13 @@ def read_own(folder: Path, config: dict[str, Any]) -> Stored:
         head = HeadConfig(kind=kind, outputs=outputs, labels=labels)
     return Stored(
         recipe,
-        fit(recipe, ours, head, optional=optional(recipe)),
+        fit(
+            recipe,
+            ours,
+            head,
+            optional=optional(recipe),
+            theirs=lambda ours: [own.their_name(ours, name, head)],
+        ),
         kept["origin"],
         files=folder,
         head=head,
@@ -149,7 +155,14 @@ def read_native(folder: Path, config: dict[str, Any]) -> Stored:
     recipe = Recipe(name=kind, body=body, modalities={name: modality})
     return Stored(
         recipe,
-        fit(recipe, tensors, head, tuple(unknown), optional=optional(recipe)),
+        fit(
+            recipe,
+            tensors,
+            head,
+            tuple(unknown),
+            optional=optional(recipe),
+            theirs=lambda name: native.their_names(name, family),
+        ),
         f"Hugging Face folder, {written}",
         files=folder,
         head=head,
