@@ -75,10 +75,10 @@ def from_dict(checkpoint: Any) -> Stored:
     root, state = settings_of(checkpoint), flat_state(checkpoint)
     if beit.is_beit(state):
         return from_beit(checkpoint, state)
-    model, name = model_section(root)
+    model, name = model_section(root, state)
     if name in TUNED:
         tuned, root = TUNED[name], inner_settings(model, TUNED[name])
-        model, name = model_section(root)
+        model, name = model_section(root, state)
     elif name == "data2vec_text" and any(key.startswith("classification_heads.") for key in state):
         tuned = TUNED_IN_PLACE
     else:
@@ -90,10 +90,23 @@ def from_dict(checkpoint: Any) -> Stored:
     return from_fairseq(name, root, state, tuned, num_updates(checkpoint))
 
 
-def model_section(root: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+def model_section(root: dict[str, Any], state: dict[str, Tensor]) -> tuple[dict[str, Any], str | None]:
+    """The settings of the model and its name."""
     model = root.get("model")
     model = model if isinstance(model, dict) else {}
-    return model, model.get("_name") or model.get("arch")
+    return model, model.get("_name") or model.get("arch") or nameless(model, state)
+
+
+def nameless(model: dict[str, Any], state: dict[str, Tensor]) -> str | None:
+    """Which model has these settings, where a file names none (fairseq drops `_name` in some)."""
+    if "w2v_args" in model:
+        return "wav2vec_ctc"
+    if "pretrained_model_args" in model:
+        return "mae_image_classification" if "head.weight" in state else "data2vec_text_classification"
+    if "average_top_k_layers" not in model:
+        return None
+    keys = {"modalities": PRETRAINED[0], "conv_feature_layers": PRETRAINED[1], "transformer": PRETRAINED[2]}
+    return next((name for key, name in keys.items() if key in model), None)
 
 
 def what_else(name: str | None, state: dict[str, Tensor]) -> str:
@@ -150,6 +163,7 @@ def flat_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     flat: dict[str, Any] = {}
     for name, value in state.items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    flat = {name: value for name, value in flat.items() if value is not None}
     others = [str(name) for name, value in flat.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(f"model holds values that are no tensors: {listed(others)}")

@@ -261,6 +261,17 @@ def test_a_namespace_in_a_file_is_read(tmp_path: Path) -> None:
     assert same(read_fairseq(save(checkpoint, tmp_path)), from_dict(pretrained("v1_audio")))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_file_that_does_not_name_its_model_is_known_by_its_settings(case: str) -> None:
+    """Pre-trained or fine-tuned, where `_name` is empty or gone."""
+    checkpoint, after = pretrained(case), tuned(case)
+    checkpoint["cfg"]["model"]["_name"] = None
+    assert from_dict(checkpoint).origin == from_dict(pretrained(case)).origin
+    inner = TUNED[case][2]
+    del after["cfg"]["model"]["_name"], after["cfg"]["model"][inner]["model"]["_name"]
+    assert from_dict(after).origin == from_dict(tuned(case)).origin
+
+
 # ---- fine-tuned models ----
 
 
