@@ -91,11 +91,11 @@ def export(
     elif format == "hf":
         from d2v_ds.convert.huggingface import write_huggingface
 
-        write_huggingface(stored, out, modality=modality)
+        write_huggingface(stored, out, modality=modality, weights=weights)
     else:
         from d2v_ds.convert.onnx import write_onnx
 
-        write_onnx(stored, out, modality=modality)
+        write_onnx(stored, out, modality=modality, weights=weights)
     return out
 
 
@@ -103,7 +103,9 @@ def check_format(format: str, modality: str | None) -> None:  # noqa: A002
     if format == "timm":
         raise ValueError(
             "format 'timm' cannot be: a stock timm ViT has its norms before attention and MLP, data2vec's blocks "
-            "have them after, so the weights would load and give wrong results; use hf, onnx or safetensors"
+            "have them after, so the weights would load and give wrong results; use hf, onnx or safetensors. Images "
+            "of 1.0 have norms first, but relative positions and scaled branches, which of timm's models only Beit "
+            "has: it loads the names that format fairseq writes (docs/export.md)"
         )
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}, must be one of {', '.join(FORMATS)}")
