@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from d2v_ds.convert.fit import fit
 from d2v_ds.convert.stored import Stored
 from d2v_ds.modalities import samples_class
 from d2v_ds.modalities.build import build_model
+from d2v_ds.modalities.text.samples import BOS, EOS, PAD
 from d2v_ds.model.data2vec import TEACHER
 from d2v_ds.model.heads import HEAD, HeadConfig, build_head
 from d2v_ds.recipe import Recipe, validated
@@ -93,7 +95,7 @@ def read_run(path: Path, weights: str) -> Stored:
         collect_weights(checkpoint, weights),
         f"run, {checkpoint.folder.name}",
         files=checkpoint.folder.parent,
-        step=checkpoint.loop["step"],
+        step=checkpoint.loop["step"] + checkpoint.loop.get("updates_before", 0),
         weights=weights,
     )
 
@@ -269,13 +271,29 @@ class NoTokenizer:
 
 
 class ForeignTokenizer:
-    """The tokenizer of a Hugging Face folder."""
+    """The tokenizer of a Hugging Face folder, read when a text first needs it."""
 
     def __init__(self, folder: Path):
-        from transformers import AutoTokenizer
+        self.folder = folder
 
-        self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
-
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str | bytes) -> list[int]:
         """Ids without <s> and </s>."""
+        text = text.decode() if isinstance(text, bytes) else text
         return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise ValueError(
+                f"the tokenizer of {self.folder} needs transformers (pip install 'd2v_ds[hf]'); or give token ids"
+            ) from error
+        tokenizer = AutoTokenizer.from_pretrained(str(self.folder))
+        ids = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+        if ids != (BOS, PAD, EOS):
+            raise ValueError(
+                f"the tokenizer of {self.folder} has {ids} for <s>, <pad>, </s>, must have {(BOS, PAD, EOS)}: it is "
+                "not the one of these weights; give token ids"
+            )
+        return tokenizer

@@ -203,6 +203,13 @@ def test_run_step_and_export_give_equal_features(name, run, exports, encoders):
         assert torch.equal(d2v_ds.load(path, modality=name).extract(INPUTS[name]), expected)
 
 
+def test_a_run_is_named_with_its_step(run):
+    assert d2v_ds.load(run, "image").origin == f"{run} (run, {LAST}; the student's weights)"
+    assert d2v_ds.load(run / LAST, "image", "teacher").origin.endswith(
+        f"(run, {LAST}; the teacher's weights)"
+    )
+
+
 def test_the_teachers_features_differ_from_the_students(run, exports, encoders):
     """And are the same from the run as from its export."""
     student = encoders["image"].extract(INPUTS["image"])
