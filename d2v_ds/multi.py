@@ -225,11 +225,13 @@ def translate(
         part = settings["modalities"][name]
         if name == "text":  # fairseq has it from the dictionary
             part["vocabulary"] = recipe.modalities[name].vocabulary
+        shared = {k: v for k, v in vars(cfg).items() if k not in ("modalities", "supported_modality")}
+        settings = merge(settings, shared, "Data2VecMultiConfig")
+        if "embed_dim" in part:  # images say it twice
+            part["embed_dim"] = settings["embed_dim"]
         for given in (vars(getattr(cfg.modalities, name)), vars(own[name]) if name in own else {}):
             part = merge(part, given, f"D2v{name.capitalize()}Config")
         settings["modalities"][name] = part
-        shared = {k: v for k, v in vars(cfg).items() if k not in ("modalities", "supported_modality")}
-        settings = merge(settings, shared, "Data2VecMultiConfig")
         body, config = fairseq.our_config(settings)
         configs |= config
     return body, configs
