@@ -105,6 +105,12 @@ class Recipe(Config):
     """Folder of shards, or a pattern: a{000..123}.tar, *.tar, several joined by `::`."""
     out: str | None = None
     """Run folder; None = checkpoints/<name>."""
+    init: str | None = None
+    """Weights that a new run starts from: a run folder, an export, a fairseq file or a Hugging Face folder. A run
+    that has a checkpoint goes on from that, so this stands outside the recipe's hash."""
+    init_updates: Literal["tau", "steps", "none"] = "tau"
+    """What goes on from the update count of `init`: the teacher's decay; also the steps, and with them learning
+    rate and data; or nothing."""
     seed: int = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Decides a ds_config's "auto"; auto = bf16 where the hardware has it, else fp32."""
@@ -146,6 +152,7 @@ class Recipe(Config):
 FREE = {
     "name",
     "out",
+    "init",
     "data",
     "precision",
     "train.steps",
@@ -248,7 +255,9 @@ def override(recipe: Recipe, assignments: list[str] | tuple[str, ...]) -> Recipe
             if target.get(parent) is None:
                 target[parent] = {}
             target = target[parent]
-        target[last] = text if isinstance(leaves.get(key), str) or key == "out" else parse_value(text)
+        target[last] = (
+            text if isinstance(leaves.get(key), str) or key in ("out", "init") else parse_value(text)
+        )
     return validated(settings, "recipe")
 
 

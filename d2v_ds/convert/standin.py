@@ -65,9 +65,9 @@ def plain(value: Any) -> Any:
     - argparse.Namespace and every object with attributes: a dict of them
     - an enum: its value (files hold no names of members)
     - a kind of dict or list: a dict or list; a path: its text
-    - a class, or an object that says nothing: its dotted name
+    - a class, an object that says nothing, or one that holds itself, inside: its dotted name
 
-    Raises ValueError where a value holds itself, or containers nest deeper than 200.
+    Raises ValueError where a list or dict holds itself, or containers nest deeper than 200.
     """
     return Plainer().of(value, 0)
 
@@ -86,6 +86,8 @@ class Plainer:
             return value
         if id(value) in self.done:
             return self.done[id(value)]
+        if id(value) in self.open and isinstance(value, StandIn):  # objects that know each other
+            return f"{value.module}.{value.name}"
         if id(value) in self.open:
             raise ValueError("a setting holds itself, so it has no plain form")
         if depth > MAX_DEPTH:

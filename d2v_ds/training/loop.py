@@ -43,7 +43,7 @@ def train_step(run: Run, micro_batches: list[MicroBatch], report: Report) -> boo
     is_applied = apply_step(engine)
     if is_applied:
         run.applied += 1
-        run.ema.update(anneal(recipe.ema.start, recipe.ema.end, recipe.ema.anneal_steps, run.applied))
+        run.ema.update(anneal(recipe.ema.start, recipe.ema.end, recipe.ema.anneal_steps, run.updates))
     return is_applied
 
 
@@ -54,7 +54,7 @@ def run_steps(run: Run) -> None:
     skipped, clock = 0, Clock()
     for micro_batches in run.loader:
         clock.got_data()
-        report = Report(is_due(run.step + 1, train.log_every, train.steps, first=True))
+        report = Report(run.step == run.first_step or is_due(run.step + 1, train.log_every, train.steps))
         skipped = 0 if train_step(run, micro_batches, report) else skipped + 1
         clock.did_step()
         record_faults(run, micro_batches)
@@ -108,9 +108,9 @@ def set_learning_rate(engine: torch.nn.Module, rate: float) -> None:
         group["lr"] = rate
 
 
-def is_due(step: int, every: int, last: int, first: bool = False) -> bool:
-    """Step numbers from 1: every n-th, the last, and the first if asked."""
-    return step == last or step % every == 0 or (first and step == 1)
+def is_due(step: int, every: int, last: int) -> bool:
+    """Step numbers from 1: every n-th, and the last."""
+    return step == last or step % every == 0
 
 
 class Report:
@@ -197,10 +197,10 @@ def write_log(run: Run, report: Report, clock: Clock) -> None:
     norm = engine.get_global_grad_norm()
     metrics = losses | {
         "lr": engine.optimizer.param_groups[0]["lr"],
-        "tau": anneal(recipe.ema.start, recipe.ema.end, recipe.ema.anneal_steps, run.applied),
+        "tau": anneal(recipe.ema.start, recipe.ema.end, recipe.ema.anneal_steps, run.updates),
         "grad_norm": float(norm) if norm is not None else float("nan"),
         "applied_steps": run.applied,
-        "skipped_steps": run.step - run.applied,
+        "skipped_steps": run.step - run.first_step - run.applied,
         "samples_per_second": rate,
         "data_wait_share": clock.waited / clock.total,
     }

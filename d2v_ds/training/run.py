@@ -23,10 +23,12 @@ from d2v_ds.engine.build import build_engine, build_optimizer
 from d2v_ds.engine.ds_config import find_config, read_config, resolve_config
 from d2v_ds.engine.ema import TeacherEMA
 from d2v_ds.engine.launch import prepare_environment, start_distributed
+from d2v_ds.engine.start import put_weights
 from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import FREE, Recipe, load_recipe, write_yaml
 from d2v_ds.training.arguments import parse_arguments
+from d2v_ds.training.init import Start, read_start
 from d2v_ds.training.log import Log
 from d2v_ds.training.loop import Diverged, run_steps
 from d2v_ds.training.volume import describe_volume
@@ -47,7 +49,11 @@ class Run:
     step: int
     """Steps done, skipped ones included: the position in the data."""
     applied: int
-    """Steps that changed the weights: what tau counts."""
+    """Steps of this run that changed the weights: what Adam counts."""
+    first_step: int
+    """Where it began: 0, or what `init` had done."""
+    updates_before: int
+    """Updates of `init` besides these."""
     log: Log | None
     faults: FaultLog
     loader: StepLoader | None = None
@@ -55,6 +61,11 @@ class Run:
     @property
     def folder(self) -> Path:
         return self.recipe.folder
+
+    @property
+    def updates(self) -> int:
+        """All that the weights have seen: what tau counts."""
+        return self.first_step + self.updates_before + self.applied
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -64,6 +75,8 @@ class Run:
         """Commits a checkpoint; all ranks call it."""
         loop = {
             "applied_steps": self.applied,
+            "first_step": self.first_step,
+            "updates_before": self.updates_before,
             "recipe": self.recipe.model_dump(mode="json"),
             "recipe_hash": self.recipe.hash(),
             "data": fingerprints(self.sources),
@@ -154,6 +167,7 @@ def train_recipe(recipe: Recipe, deepspeed: str | None) -> Path:
     saved = checkpoints.Checkpoint(start) if start else None
     if saved:
         check_same_recipe(recipe, saved)
+        recipe = check_same_init(recipe, saved)
         if saved.loop["step"] >= recipe.train.steps:
             if rank == 0:
                 print(
@@ -165,15 +179,17 @@ def train_recipe(recipe: Recipe, deepspeed: str | None) -> Path:
     sources = open_sources(recipe, rank)
     if saved:
         check_same_data(sources, saved)
+    begin = Start() if saved else read_start_together(recipe)
     agree(
         {
             "recipe": recipe.hash(),
             "data": fingerprints(sources),
             "steps": recipe.train.steps,
             "checkpoint": str(start),
+            "init": begin.fingerprint(),
         }
     )
-    run = build_run(recipe, ds_config, sources, saved, device, rank, world)
+    run = build_run(recipe, ds_config, sources, saved, begin, device, rank, world)
     run_steps(run)
     return recipe.folder
 
@@ -205,9 +221,10 @@ def choose_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def check_same_recipe(recipe: Recipe, saved: checkpoints.Checkpoint) -> None:
-    if saved.loop["recipe_hash"] == recipe.hash():
+    before = Recipe(**saved.loop["recipe"])  # so a key that came since has its default, and is no difference
+    if before.hash() == recipe.hash():
         return
-    old, new = dotted_keys(Recipe(**saved.loop["recipe"])), dotted_keys(recipe)
+    old, new = dotted_keys(before), dotted_keys(recipe)
     changed = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -217,6 +234,35 @@ def check_same_recipe(recipe: Recipe, saved: checkpoints.Checkpoint) -> None:
         f"{saved.folder} is of another recipe ({'; '.join(changed[:10])}); "
         "give the same values to go on with it, or another out= to start anew"
     )
+
+
+def check_same_init(recipe: Recipe, saved: checkpoints.Checkpoint) -> Recipe:
+    """The recipe with what its run was started from, whose file is not read again and may be gone.
+
+    Raises ValueError if another one is given: it would be ignored.
+    """
+    began_from = saved.loop["recipe"].get("init")
+    if recipe.init not in (None, "", began_from):
+        raise ValueError(
+            f"{saved.folder} was started from {began_from or 'fresh weights'}, and goes on from its own; to start from "
+            f"init={recipe.init} set another out=, to go on leave init out"
+        )
+    return recipe.model_copy(update={"init": began_from})
+
+
+def read_start_together(recipe: Recipe) -> Start:
+    """What all ranks start from; an error of one reaches all."""
+    start, problem = Start(), None
+    try:
+        start = read_start(recipe)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for text in problems:
+        if text:
+            raise ValueError(text)
+    return start
 
 
 def open_sources(recipe: Recipe, rank: int) -> list[Source]:
@@ -266,6 +312,7 @@ def build_run(
     ds_config: dict[str, Any],
     sources: list[Source],
     saved: checkpoints.Checkpoint | None,
+    begin: Start,
     device: torch.device,
     rank: int,
     world: int,
@@ -283,19 +330,27 @@ def build_run(
     )
     engine = build_engine(model, optimizer, ds_config)
     ema = TeacherEMA(engine)
-    step = applied = 0
+    step, applied, first_step, updates_before = begin.step, 0, begin.step, begin.updates_before
     if saved:
         step, applied = saved.loop["step"], saved.loop["applied_steps"]
+        first_step, updates_before = saved.loop.get("first_step", 0), saved.loop.get("updates_before", 0)
         checkpoints.load(engine, ema, saved, applied)
+    elif recipe.init:
+        put_weights(engine, ema, begin.student, begin.teacher)
     plan = Plan(recipe.seed, [s.stream for s in sources])
     log = None
     if rank == 0:
         write_run_files(recipe, ds_config, sources, world)
         log = Log(recipe.folder, step, recipe.train.steps)
     faults = FaultLog(recipe.folder / "quarantine.jsonl", recipe.train.max_bad_share)
-    run = Run(recipe, engine, ema, plan, sources, device, rank, world, step, applied, log, faults)
+    run = Run(
+        recipe, engine, ema, plan, sources, device, rank, world,
+        step, applied, first_step, updates_before, log, faults,
+    )  # fmt: skip
     run.loader = StepLoader(sources, plan, rank, world, step, recipe.train.steps, recipe.train.workers)
     introduce(run, ds_config, saved)
+    for note in begin.notes:
+        run.say(note)
     return run
 
 

@@ -142,11 +142,12 @@ def test_the_real_omegaconf_gives_the_same(tmp_path):
     assert plain(read_torch_file(path)["cfg"]) == expected
 
 
-def test_a_reference_to_itself_is_an_error(tmp_path):
+def test_a_reference_to_itself_leads_nowhere(tmp_path):
+    """And ends: the inner one is the name of its class."""
     with modules(**OMEGACONF):
         content = pickle.dumps(omegaconf_node({"a": "${b}", "b": "${a}"}), 2)
-    with pytest.raises(ValueError, match="holds itself"):
-        plain(read_torch_file(write_zip(tmp_path / "a.pt", content)))
+    made = plain(read_torch_file(write_zip(tmp_path / "a.pt", content)))
+    assert set(made.values()) == {"omegaconf.nodes.AnyNode"}
 
 
 # ---- fairseq's own classes ----
@@ -226,6 +227,20 @@ def test_typing_and_foreign_dates_are_no_obstacle(tmp_path):
     value |= {"any": Any, "path": Path("a/b")}
     ours = plain(read_torch_file(save(tmp_path / "a.pt", value)))
     assert ours["any"] == "typing.Any" and ours["path"] == "a/b"
+
+
+def test_objects_that_know_each_other_become_plain(tmp_path):
+    """A task and its trainer, say, which are in nobody's way."""
+
+    class Task:
+        pass
+
+    with modules(fairseq__tasks=[Task]):
+        task, trainer = Task(), Task()
+        task.trainer, trainer.task, trainer.step = trainer, task, 3
+        content = pickle.dumps({"task": task}, 2)
+    made = plain(read_torch_file(write_zip(tmp_path / "a.pt", content)))
+    assert made == {"task": {"trainer": {"task": "fairseq.tasks.Task", "step": 3}}}
 
 
 def test_what_holds_itself_or_nests_too_deep_has_no_plain_form():
