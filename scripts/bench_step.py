@@ -1,0 +1,235 @@
+"""How close is a training step to the arithmetic? Seconds of a step against FLOPs / the matrix rate of the same run.
+
+    python scripts/bench_step.py --cpu            # image base (2 images, 4 views), audio base (1 x 5 s, 4 views)
+    python scripts/bench_step.py                  # on a GPU: image base and large, audio base, text base, bf16
+
+One process, the project's own engine and step (ZeRO-0 on a CPU, ZeRO-2 on a GPU): forward of student and teacher,
+backward, clipping, AdamW, EMA. Random input. FLOPs are counted by torch over one forward and backward pass; the
+matrix rate is the best of square products of that dtype. Prints one table and writes it as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from d2v_ds.data import Draw
+from d2v_ds.engine.build import build_engine, build_optimizer
+from d2v_ds.engine.ds_config import find_config, read_config, resolve_config
+from d2v_ds.engine.ema import TeacherEMA
+from d2v_ds.engine.launch import prepare_environment, start_distributed
+from d2v_ds.engine.step import apply_step, one_reduction
+from d2v_ds.modalities.audio.samples import num_frames
+from d2v_ds.modalities.build import build_model
+from d2v_ds.modalities.source import draw_views
+from d2v_ds.model.batch import Batch
+from d2v_ds.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a recipe at a batch of its own."""
+
+    recipe: str
+    batch: int
+    clones: int | None
+    """None = as the recipe says."""
+    dtype: torch.dtype
+    aim: float
+    """Largest seconds / (FLOPs / matrix rate)."""
+    seconds: float = 5.0
+    """Of sound in a sample."""
+
+
+CPU = [
+    Case("image_base", 2, 4, torch.float32, 1.1),
+    Case("image_base", 2, 4, torch.bfloat16, 1.4),
+    Case("audio_base", 1, 4, torch.float32, 1.15),
+    Case("audio_base", 1, 4, torch.bfloat16, 1.4),
+]
+GPU = [
+    Case("image_base", 64, 16, torch.bfloat16, 1 / 0.45),
+    Case("image_large", 32, 16, torch.bfloat16, 1 / 0.45),
+    Case("audio_base", 4, None, torch.bfloat16, 1 / 0.35, seconds=15.6),
+    Case("text_base", 16, None, torch.bfloat16, 1 / 0.35),
+]
+
+
+def make_batch(recipe: Recipe, case: Case) -> Batch:
+    """Random whole samples with masks as the recipe draws them."""
+    ((name, config),) = recipe.modalities.items()
+    torch.manual_seed(0)
+    if name == "image":
+        source = torch.randn(case.batch, 3, config.size, config.size)
+        tokens = (config.size // config.patch) ** 2
+    elif name == "audio":
+        source = torch.randn(case.batch, int(16_000 * case.seconds))
+        tokens = num_frames(source.shape[1], config.conv_layers)
+    else:
+        tokens = config.max_tokens
+        source = torch.randint(4, config.vocabulary, (case.batch, tokens))
+    draws = [Draw(i, 0, i) for i in range(case.batch)]
+    return Batch(name, source, **draw_views(draws, [tokens] * case.batch, config))
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
+    """FLOP/s of the best of 10 square products."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(12):
+        wait(device)
+        began = time.perf_counter()
+        a @ b
+        wait(device)
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / min(times[2:])
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def count_flops(recipe: Recipe, batch: Batch) -> int:
+    """Of one forward and backward pass, teacher and decoder included; on storage-free tensors it takes no time.
+
+    A backward pass is twice its forward pass: torch's own count of it takes grouped convolutions for full ones.
+    """
+    with torch.device("meta"):
+        model = build_model(recipe.body, recipe.modalities).to("meta").train()
+    batch = batch.to(torch.device("meta"), torch.float32)
+    with FlopCounterMode(display=False) as everything:
+        model(batch)
+    encoder = model.encoders[batch.modality]
+    with torch.no_grad():
+        local_BTD = encoder.local(batch.source)
+        with FlopCounterMode(display=False) as teacher:
+            model.teach(batch, local_BTD)
+    return 3 * everything.get_total_flops() - 2 * teacher.get_total_flops()
+
+
+def measure(case: Case, device: torch.device, steps: int) -> dict[str, Any]:
+    overrides = [f"precision={'fp32' if case.dtype == torch.float32 else 'bf16'}"]
+    recipe = load_recipe(case.recipe, overrides)
+    ((_, config),) = recipe.modalities.items()
+    config.clones = case.clones or config.clones
+    batch = make_batch(recipe, case)
+    flops = count_flops(recipe, batch)
+    engine, ema = build(recipe, device)
+    batch = batch.to(device, next(engine.module.parameters()).dtype)
+    seconds = []
+    for _ in range(steps + 2):
+        wait(device)
+        began = time.perf_counter()
+        with one_reduction(engine):
+            out = engine(batch)
+            engine.backward(out.loss / out.sample_size)
+        apply_step(engine)
+        ema.update(0.999)
+        wait(device)
+        seconds.append(time.perf_counter() - began)
+    clean = sorted(seconds[2:])
+    rate = matrix_rate(case.dtype, device, 8192 if device.type == "cuda" else 2048)
+    median = statistics.median(clean)
+    return {
+        "recipe": case.recipe,
+        "batch": case.batch,
+        "clones": config.clones,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "gflop": flops / 1e9,
+        "matrix_gflops": rate / 1e9,
+        "arithmetic_s": flops / rate,
+        "step_s": median,
+        "step_s_quartiles": [clean[len(clean) // 4], clean[-1 - len(clean) // 4]],
+        "steps": len(clean),
+        "ratio": median * rate / flops,
+        "aim": case.aim,
+        "peak_gib": peak(device),
+    }
+
+
+def build(recipe: Recipe, device: torch.device) -> tuple[Any, TeacherEMA]:
+    optim = recipe.optim
+    path = find_config("zero2" if device.type == "cuda" else "zero0")
+    config = resolve_config(
+        read_config(path),
+        clip=optim.clip,
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        precision=recipe.precision,
+        dim=recipe.body.dim,
+        path=str(path),
+    )
+    torch.manual_seed(0)
+    model = build_model(recipe.body, recipe.modalities)
+    optimizer = build_optimizer(
+        model, lr=1e-4, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, decay=optim.decay
+    )
+    engine = build_engine(model, optimizer, config)
+    engine.train()
+    return engine, TeacherEMA(engine)
+
+
+def peak(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cpu", action="store_true", help="the CPU's cases, even where there is a GPU")
+    parser.add_argument("--steps", type=int, default=9, help="clean steps of each case, after two others")
+    parser.add_argument("--threads", type=int, default=2, help="on the CPU")
+    parser.add_argument("--only", help="cases whose recipe and dtype contain this, e.g. image_base-float32")
+    parser.add_argument(
+        "--out", type=Path, help="JSON to write (default: docs/benchmarks/step_{cpu,gpu}.json)"
+    )
+    arguments = parser.parse_args()
+    if not arguments.cpu and not torch.cuda.is_available():
+        raise SystemExit("error: no GPU is visible; give --cpu for the CPU's cases")
+    if arguments.cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+        torch.set_num_threads(arguments.threads)
+    prepare_environment()
+    device = start_distributed(1)
+    rows = []
+    for case in CPU if arguments.cpu else GPU:
+        name = f"{case.recipe}-{str(case.dtype).removeprefix('torch.')}"
+        if arguments.only and arguments.only not in name:
+            continue
+        row = measure(case, device, arguments.steps)
+        rows.append(row)
+        print(
+            f"{name:22} B{row['batch']} M{row['clones']:<3} {row['gflop']:8.0f} GFLOP at {row['matrix_gflops']:8.0f}/s "
+            f"= {row['arithmetic_s']:.3f} s; step {row['step_s']:.3f} s "
+            f"[{row['step_s_quartiles'][0]:.3f}, {row['step_s_quartiles'][1]:.3f}] n={row['steps']}; "
+            f"ratio {row['ratio']:.2f} (aim {row['aim']:.2f}); peak {row['peak_gib']:.1f} GiB",
+            flush=True,
+        )
+    out = arguments.out or ROOT / "docs" / "benchmarks" / f"step_{'cpu' if arguments.cpu else 'gpu'}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
+    out.write_text(json.dumps({"hardware": hardware, "torch": torch.__version__, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
