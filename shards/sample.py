@@ -23,7 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-Sample = dict[str, str | bytes]  # "__key__" first, then one entry per member, in the order of the tar
+from shards.writer import Sample, group_by_bytes, write_bytes, write_tar
 
 # The split of the source digits does not depend on --seed: two sets never leak into one another.
 SPLIT_SEED = 1797
@@ -301,45 +301,6 @@ def train_tokenizer(lines: Iterable[str]) -> bytes:
 
 
 # ---- shards ----
-
-
-def num_tar_bytes(sample: Sample) -> int:
-    """What a sample takes in a tar: a 512-byte header per member, contents rounded up to 512."""
-    return sum(512 + -(-len(value) // 512) * 512 for name, value in sample.items() if name != "__key__")
-
-
-def group_by_bytes(samples: Iterable[Sample], max_bytes: int) -> Iterator[list[Sample]]:
-    """The samples in runs that fit into `max_bytes`; a larger sample is a run of its own."""
-    group, total = [], 0
-    for sample in samples:
-        size = num_tar_bytes(sample)
-        if group and total + size > max_bytes:
-            yield group
-            group, total = [], 0
-        group.append(sample)
-        total += size
-    if group:
-        yield group
-
-
-def write_bytes(path: Path, write: Callable[[io.BufferedWriter], None]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then renames it: a crash leaves no half file."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_tar(samples: list[Sample], file: io.BufferedWriter) -> None:
-    from webdataset import TarWriter
-
-    with TarWriter(file, user="d2v", group="d2v", mode=0o644, mtime=0, encoder=False) as tar:
-        for sample in samples:
-            for name, value in sample.items():
-                if name != "__key__":  # NOTE one call per member: a call with all would sort them by name
-                    tar.write({"__key__": sample["__key__"], name: value})
 
 
 def write_shards(samples: Iterable[Sample], pattern: str, max_bytes: int) -> list[Path]:

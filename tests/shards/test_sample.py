@@ -17,6 +17,7 @@ import webdataset
 from PIL import Image
 
 from shards import sample
+from shards.writer import num_tar_bytes
 
 FOLDER = Path(sample.__file__).with_name("sample")
 REPOSITORY = FOLDER.parent.parent
@@ -158,7 +159,7 @@ def test_image_shards_hold_ten_classes_and_disjoint_digits(tmp_path):
 def test_shards_are_cut_by_size_and_keep_every_sample(tmp_path):
     """No shard passes the limit by more than tar's end, and order and members stay."""
     written = [{"__key__": f"k{i}", "b": bytes(700), "a": b"%d" % i} for i in range(11)]
-    paths = sample.write_shards(written, f"{tmp_path}/x-%06d.tar", 3 * sample.num_tar_bytes(written[0]))
+    paths = sample.write_shards(written, f"{tmp_path}/x-%06d.tar", 3 * num_tar_bytes(written[0]))
     assert [path.name for path in paths] == [f"x-{number:06d}.tar" for number in range(4)]
     read = read_shards("x-*.tar", tmp_path)
     assert [int(item["a"]) for item in read] == list(range(11))
