@@ -36,6 +36,7 @@ HOMES = {
     "tarfile": ("d2v_ds/data/", "shards/"),
     "transformers": ("d2v_ds/convert/",),
     "tokenizers": ("d2v_ds/convert/",),
+    "onnxruntime": ("d2v_ds/convert/",),
 }
 SOURCES = sorted(
     path for folder in ("d2v_ds", "shards", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")
