@@ -123,7 +123,7 @@ def find_files(folder: Path, modality: str) -> list[str]:
             if is_of(name, modality):
                 found.append((Path(where) / name).relative_to(folder).as_posix())
             else:
-                others[Path(name).suffix or name] += 1
+                others[Path(name).suffix.lower() or name] += 1
     if not found:
         seen = ", ".join(f"{suffix} ({count})" for suffix, count in others.most_common(8)) or "nothing"
         raise ValueError(f"{folder} holds no {modality} file ({known(modality)}) and no *.tar, but {seen}")
