@@ -44,6 +44,8 @@ NAMES = Names(
         ("head.{w}", "head.proj.{w}"),
     ]
 )
+MAX_SIDE = 64
+"""Patches in a row: 1024 pixels of 16, whose index of pairs has 17 M entries."""
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 BLOCK_TABLE = "blocks.{}.attn.relative_position_bias_table"
 TABLE = "encoders.image.context.relative_bias"
@@ -76,10 +78,10 @@ def our_config(state: dict[str, Tensor]) -> tuple[Body, dict[str, ModalityConfig
         )
     rows, heads = tables[0].shape
     side = (math.isqrt(max(rows - 3, 0)) + 1) // 2
-    if (2 * side - 1) ** 2 + 3 != rows:
+    if (2 * side - 1) ** 2 + 3 != rows or side > MAX_SIDE:
         raise ValueError(
-            f"a table of {rows} relative positions is of no square grid: (2 * side - 1)^2 + 3 are expected, 732 "
-            "for 14 x 14 patches"
+            f"a table of {rows} relative positions is of no square grid of at most {MAX_SIDE} x {MAX_SIDE}: "
+            "(2 * side - 1)^2 + 3 are expected, 732 for 14 x 14 patches"
         )
     if patch.ndim != 4 or patch.shape[2] != patch.shape[3] or patch.shape[0] != dim or dim % heads:
         raise ValueError(

@@ -255,11 +255,15 @@ def audio_keys(modality: dict[str, Any]) -> dict[str, Any]:
 def parse_conv_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
     """Reads '[(512, 10, 5)] + [(512, 3, 2)] * 4 + ...' without evaluating it."""
     layers: list[tuple[int, int, int]] = []
+    if re.search(r"\*\s*\d{4}", spec):
+        raise ValueError(f"feature_encoder_spec '{spec}' has more layers than any model")
     for group, repeats in re.findall(r"\[(.*?)\]\s*(?:\*\s*(\d+))?", spec):
         numbers = [int(n) for n in re.findall(r"\d+", group)]
-        if not numbers or len(numbers) % 3:
+        if not numbers or len(numbers) % 3 or min(numbers) < 1:
             raise ValueError(f"feature_encoder_spec '{spec}' is no list of (channels, kernel, stride)")
         layers += [tuple(numbers[i : i + 3]) for i in range(0, len(numbers), 3)] * int(repeats or 1)
+    if not layers:
+        raise ValueError(f"feature_encoder_spec '{spec}' is no list of (channels, kernel, stride)")
     return tuple(layers)
 
 

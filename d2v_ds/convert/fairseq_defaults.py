@@ -202,22 +202,82 @@ ENCODER_V1 = {
 }
 
 
+# sizes and counts that cannot be 0
+POSITIVE = {
+    "decoder_dim", "decoder_groups", "decoder_kernel", "projection_layers", "average_top_k_layers", "num_heads",
+    "embed_dim", "input_size", "in_chans", "patch_size", "conv_pos_groups", "conv_pos_depth", "conv_pos_width",
+    "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads", "conv_pos", "pos_conv_depth",
+    "head_layers", "ffn_embed_dim", "attention_heads", "clone_batch", "mlp_ratio", "depth", "encoder_layers", "layers",
+}  # fmt: skip
+
+
 def complete(name: str, cfg: dict[str, Any], modalities: list[str]) -> dict[str, Any]:
-    """The `model` section with every setting that we read; of data2vec_multi the given modalities only."""
+    """The `model` section with every setting that we read; of data2vec_multi the given modalities only.
+
+    Raises ValueError for a value of another kind than its default.
+    """
     if name == "data2vec_audio":
-        return AUDIO_V1 | cfg
+        return merged(AUDIO_V1, cfg, "model")
     if name == "data2vec_text":
         flat = (
             {} if "transformer" in cfg else cfg
         )  # settings of a command line, before configurations had parts
-        transformer = TRANSFORMER_V1 | flat | (cfg.get("transformer") or {})
-        prefixed = {k: flat[f"encoder_{k}"] for k in ENCODER_V1 if f"encoder_{k}" in flat}
-        encoder = ENCODER_V1 | prefixed | (transformer.get("encoder") or {})
-        return TEXT_V1 | cfg | {"transformer": transformer | {"encoder": encoder}}
-    given = cfg.get("modalities") or {}
-    parts = {m: MODALITY | OWN[m] | (given.get(m) or {}) for m in modalities}
-    parts = {m: part | {"decoder": DECODER | (part.get("decoder") or {})} for m, part in parts.items()}
-    return MULTI | cfg | {"modalities": parts}
+        transformer = merged(TRANSFORMER_V1, flat | section(cfg, "transformer", "model"), "model.transformer")
+        given = {k: flat[f"encoder_{k}"] for k in ENCODER_V1 if f"encoder_{k}" in flat}
+        given |= section(transformer, "encoder", "model.transformer")
+        encoder = merged(ENCODER_V1, given, "model.transformer.encoder")
+        return merged(TEXT_V1, cfg, "model") | {"transformer": transformer | {"encoder": encoder}}
+    parts = {}
+    for modality in modalities:
+        where = f"model.modalities.{modality}"
+        given = section(section(cfg, "modalities", "model"), modality, "model.modalities")
+        part = merged(MODALITY | OWN[modality], given, where)
+        decoder = merged(DECODER, section(part, "decoder", where), f"{where}.decoder")
+        parts[modality] = part | {"decoder": decoder}
+    return merged(MULTI, cfg, "model") | {"modalities": parts}
+
+
+def section(cfg: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = cfg.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"fairseq setting {where}.{key}={value!r} must be a group of settings")
+    return value or {}
+
+
+def merged(defaults: dict[str, Any], given: dict[str, Any], where: str) -> dict[str, Any]:
+    """The defaults with what is given; numbers as the defaults have them."""
+    checked = {
+        key: of_kind(value, defaults[key], f"{where}.{key}") if key in defaults else value
+        for key, value in given.items()
+    }
+    return defaults | checked
+
+
+def of_kind(value: Any, default: Any, where: str) -> Any:
+    """The value, if it is of its default's kind; None of a default means a number or nothing, or a group."""
+    key = where.rsplit(".", 1)[1]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(default, bool):
+        kind, fits = "true or false", isinstance(value, bool) or value in (0, 1)
+    elif isinstance(default, str):
+        kind, fits = (
+            "a text",
+            isinstance(value, str) or key == "type",
+        )  # an enum's value is a number in some files
+    elif default is None:
+        kind, fits = (
+            "a number or nothing",
+            value is None or is_number or not key.endswith(("scale", "prob_min")),
+        )
+    else:
+        least = 1 if key in POSITIVE and isinstance(default, int) else 0
+        kind = f"a {'whole ' * isinstance(default, int)}number of at least {least}"
+        fits = is_number and least <= value < float("inf")
+        fits = fits and not (key in POSITIVE and value == 0)
+        fits = fits and (isinstance(default, float) or value == int(value))
+    if not fits:
+        raise ValueError(f"fairseq setting {where}={value!r} must be {kind}")
+    return type(default)(value) if isinstance(default, (bool, int, float)) else value
 
 
 def resolve(value: Any, root: dict[str, Any]) -> Any:

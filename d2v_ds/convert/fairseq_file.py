@@ -21,7 +21,7 @@ from d2v_ds.convert.fairseq_defaults import complete, resolve
 from d2v_ds.convert.fairseq_training import our_training
 from d2v_ds.convert.fairseq_tuned import TUNED, TUNED_IN_PLACE, Tuned
 from d2v_ds.convert.fairseq_write import is_encoder_only, write_fairseq
-from d2v_ds.convert.fit import fit, listed
+from d2v_ds.convert.fit import check_sizes, fit, listed
 from d2v_ds.convert.names import Place, fuse
 from d2v_ds.convert.stored import Stored
 from d2v_ds.convert.unpickle import plain, read_torch_file
@@ -94,7 +94,8 @@ def model_section(root: dict[str, Any], state: dict[str, Tensor]) -> tuple[dict[
     """The settings of the model and its name."""
     model = root.get("model")
     model = model if isinstance(model, dict) else {}
-    return model, model.get("_name") or model.get("arch") or nameless(model, state)
+    name = model.get("_name") or model.get("arch") or nameless(model, state)
+    return model, name if isinstance(name, str) else str(name) if name else None
 
 
 def nameless(model: dict[str, Any], state: dict[str, Tensor]) -> str | None:
@@ -128,7 +129,8 @@ def in_parts(settings: dict[str, Any]) -> dict[str, Any]:
     """A configuration by parts; the flat arguments of old files stand for each of the parts that we read."""
     if not isinstance(settings.get("model"), dict):
         settings = {part: settings for part in ("model", "task", "optimization", "optimizer", "lr_scheduler")}
-    return resolve(settings, settings)
+    resolved = resolve(settings, settings)
+    return {key: part for key, part in resolved.items() if isinstance(part, dict)}
 
 
 def inner_settings(model: dict[str, Any], tuned: Tuned) -> dict[str, Any]:
@@ -252,6 +254,7 @@ def read_v2(name: str, root: dict[str, Any], state: dict[str, Tensor]) -> Read:
     if "text" in modalities:
         cfg["modalities"]["text"] |= text_sizes(state, "modality_encoders.TEXT.local_encoder")
     body, configs = fairseq.our_config(cfg)
+    check_sizes(body, configs)
     if "image" in configs:
         check_positions(state, body.dim, configs["image"].size // configs["image"].patch)
     parts, unknown = {}, []
@@ -309,6 +312,7 @@ def read_v1(name: str, root: dict[str, Any], state: dict[str, Tensor]) -> Read:
         cfg |= {"vocabulary": sizes["vocabulary"]}
         cfg["transformer"] |= {"max_source_positions": sizes["max_source_positions"]}
     body, configs = fairseq_v1.our_config(cfg, root.get("task"))
+    check_sizes(body, configs)
     parts: dict[Place, Tensor] = {}
     unknown = []
     for key, tensor in state.items():

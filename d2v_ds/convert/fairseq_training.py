@@ -10,18 +10,18 @@ from d2v_ds.recipe import EMA, Optim, Recipe, Train
 
 def our_training(root: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """`ema`, `optim` and `train` of a recipe; what the file does not say keeps our defaults."""
-    optimization = root.get("optimization") or {}
-    steps = first(model.get("max_update"), optimization.get("max_update"), Train().steps)
-    anneal = first(model.get("ema_anneal_end_step"), optimization.get("max_update"), EMA().anneal_steps)
-    ema = EMA(start=model["ema_decay"], end=model["ema_end_decay"], anneal_steps=anneal)
-    return {"ema": ema, "optim": our_optim(root, optimization), "train": Train(steps=max(1, steps))}
+    optimization = part(root, "optimization")
+    steps = number(model.get("max_update"), optimization.get("max_update"), Train().steps)
+    anneal = number(model.get("ema_anneal_end_step"), optimization.get("max_update"), EMA().anneal_steps)
+    ema = EMA(start=model["ema_decay"], end=model["ema_end_decay"], anneal_steps=max(0, int(anneal)))
+    return {"ema": ema, "optim": our_optim(root, optimization), "train": Train(steps=max(1, int(steps)))}
 
 
 def our_optim(root: dict[str, Any], optimization: dict[str, Any]) -> Optim:
     group = root
-    if (root.get("optimizer") or {}).get("_name") == "composite":
-        group = ((root["optimizer"].get("groups") or {}).get("default")) or {}
-    adam, schedule = group.get("optimizer") or {}, group.get("lr_scheduler") or {}
+    if part(root, "optimizer").get("_name") == "composite":
+        group = part(part(root["optimizer"], "groups"), "default")
+    adam, schedule = part(group, "optimizer"), part(group, "lr_scheduler")
     settings = {
         "lr": number(group.get("lr_float"), group.get("lr"), optimization.get("lr")),
         "betas": pair(adam.get("adam_betas")),
@@ -30,12 +30,10 @@ def our_optim(root: dict[str, Any], optimization: dict[str, Any]) -> Optim:
         "clip": number(optimization.get("clip_norm")),
     }
     if schedule.get("_name") == "tri_stage":
-        phases = schedule.get("phase_ratio")
-        numbers = re.findall(r"[\d.]+(?:e-?\d+)?", phases) if isinstance(phases, str) else phases
-        if numbers and len(numbers) == 3:
-            settings["phases"] = tuple(float(n) for n in numbers)
-        scales = schedule.get("init_lr_scale", 0.01), schedule.get("final_lr_scale", 0.01)
-        settings |= {"schedule": "tri_stage", "phase_scales": scales}
+        phases = numbers(schedule.get("phase_ratio"))
+        scales = (number(schedule.get(f"{end}_lr_scale"), 0.01) for end in ("init", "final"))
+        settings |= {"schedule": "tri_stage", "phase_scales": tuple(scales)}
+        settings["phases"] = phases if len(phases) == 3 else None
     elif schedule.get("_name") == "cosine":
         settings |= {
             "warmup_steps": number(schedule.get("warmup_updates")),
@@ -44,23 +42,32 @@ def our_optim(root: dict[str, Any], optimization: dict[str, Any]) -> Optim:
     return Optim(**{key: value for key, value in settings.items() if value is not None})
 
 
-def first(*values: Any) -> Any:
-    return next(value for value in values if value is not None)
+def part(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """A group of settings; an odd one counts as absent, since how a model was trained is no part of it."""
+    value = settings.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def number(*values: Any) -> Any:
-    """The first that is a number, or the first of a list of them."""
+    """The first that is a number of at least 0, or the first of a list of them; None if none is."""
     for value in values:
         value = value[0] if isinstance(value, (list, tuple)) and value else value
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf"):
             return value
     return None
 
 
-def pair(value: Any) -> tuple[float, float] | None:
-    """(0.9, 0.98) of a pair or of its text."""
-    numbers = re.findall(r"[\d.]+", value) if isinstance(value, str) else value or ()
-    return (float(numbers[0]), float(numbers[1])) if len(numbers) == 2 else None
+def numbers(value: Any) -> tuple[float, ...]:
+    """Those of a list, or of its text such as "(0.9, 0.98)"."""
+    if isinstance(value, str):
+        return tuple(float(n) for n in re.findall(r"\d+\.?\d*(?:e-?\d+)?", value))
+    values = value if isinstance(value, (list, tuple)) else ()
+    return tuple(float(n) for n in values if number(n) is not None)
+
+
+def pair(value: Any) -> tuple[float, ...] | None:
+    found = numbers(value)
+    return found if len(found) == 2 else None
 
 
 def their_training(recipe: Recipe) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from d2v_ds.convert.fairseq import drawn, parse_conv_layers, refuse, target_config
+from d2v_ds.convert.fairseq_defaults import merged
 from d2v_ds.convert.names import Names, Place, fuse
 from d2v_ds.modalities import config_class
 from d2v_ds.model.decoder import DecoderConfig
@@ -192,7 +193,8 @@ def text_config(cfg: dict[str, Any], task: dict[str, Any]) -> tuple[Body, dict[s
         post_mlp_dropout=transformer["dropout"],
         layerdrop=encoder["layerdrop"],
     )
-    mask = Mask(kind="token_span", **drawn(task.get("mask_prob", 0.15), task.get("mask_multiple_length", 1)))
+    masks = merged({"mask_prob": 0.15, "mask_multiple_length": 1}, task, "task")
+    mask = Mask(kind="token_span", **drawn(masks["mask_prob"], masks["mask_multiple_length"]))
     vocabulary = {"vocabulary": cfg["vocabulary"]} if "vocabulary" in cfg else {}
     config = config_class("text")(
         **common(cfg, mask, layers=cfg["head_layers"], body=body),

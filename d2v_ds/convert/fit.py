@@ -9,16 +9,28 @@ from torch import Tensor
 
 from d2v_ds.modalities.build import build_model
 from d2v_ds.model.data2vec import TEACHER
+from d2v_ds.model.encoder import ModalityConfig
 from d2v_ds.model.heads import HEAD, HeadConfig, build_head
+from d2v_ds.model.layers import Body
 from d2v_ds.recipe import Recipe
 
 SHOWN = 20
+MAX_LAYERS = 1000
+MAX_DIM = 100_000
+MAX_SIDE = 128
+"""Patches in a row: 2048 pixels of 16."""
 
 
 def shapes(recipe: Recipe, head: HeadConfig | None = None) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of the recipe's model, teacher and head included; no storage is made."""
+    """The shape of every parameter of the recipe's model, teacher and head included; no storage is made.
+
+    Raises ValueError if there is no such model.
+    """
     with torch.device("meta"):
-        model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat)
+        try:
+            model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat)
+        except RuntimeError as error:  # sizes that torch cannot take
+            raise ValueError(f"the configuration describes no model that can be: {error}") from error
         named = dict(model.named_parameters())
         if head is not None:
             parameters = build_head(head, recipe.body.dim).named_parameters()
@@ -63,6 +75,25 @@ def fit(
             "of data2vec?"
         )
     return {name: owned(theirs(name)[0], given[name]) for name in expected}
+
+
+def check_sizes(body: Body, configs: dict[str, ModalityConfig]) -> None:
+    """ValueError for sizes that no model has: a damaged or malicious file must not fill the memory."""
+    sizes = {"depth": (body.depth, MAX_LAYERS), "dim": (body.dim, MAX_DIM)}
+    for name, config in configs.items():
+        sizes |= {
+            f"{name}.prenet_depth": (config.prenet_depth, MAX_LAYERS),
+            f"{name}.decoder.layers": (config.decoder.layers, MAX_LAYERS),
+            f"{name}.decoder.projection_layers": (config.decoder.projection_layers, MAX_LAYERS),
+        }
+        if name == "audio":
+            sizes["audio.position_depth"] = (config.position_depth, MAX_LAYERS)
+            sizes["audio.conv_layers"] = (len(config.conv_layers), MAX_LAYERS)
+        if name == "image":
+            sizes["image.size / patch"] = (config.size // max(config.patch, 1), MAX_SIDE)
+    for key, (size, most) in sizes.items():
+        if not 0 <= size <= most:
+            raise ValueError(f"{key}={size} must lie in 0..{most}; is the configuration damaged?")
 
 
 def is_live_copy(name: str, expected: dict[str, tuple[int, ...]]) -> bool:

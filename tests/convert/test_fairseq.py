@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -519,6 +520,32 @@ def test_a_modalitys_setting_that_changes_features_is_refused(case: str, setting
 def test_a_setting_of_v1_that_we_do_not_have_is_refused(setting: str, value: Any) -> None:
     with pytest.raises(ValueError, match=setting):
         from_dict(changed(pretrained("v1_audio"), **{setting: value}))
+
+
+def settings(section: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in section.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from settings(value, (*path, key))
+
+
+@pytest.mark.parametrize("make", [lambda: pretrained("image_cb4"), text_v1])
+@pytest.mark.parametrize("value", [None, "x", -1, [1, 2], 10**9])
+def test_a_damaged_setting_is_an_error_or_of_no_use(make: Callable, value: Any) -> None:
+    """Each setting in turn of another kind or size: never another exception, a hang or memory without end."""
+    checkpoint, refused = make(), 0
+    for path in list(settings(checkpoint["cfg"])):
+        damaged = checkpoint | {"cfg": copy.deepcopy(checkpoint["cfg"])}
+        section = damaged["cfg"]
+        for key in path[:-1]:
+            section = section[key]
+        section[path[-1]] = value
+        try:
+            from_dict(damaged)
+        except ValueError as error:
+            refused += 1
+            assert str(error)
+    assert refused > 5
 
 
 def break_missing(state: dict[str, Any]) -> None:
