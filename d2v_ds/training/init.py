@@ -221,7 +221,7 @@ def describe_updates(start: Start, recipe: Recipe, stored: Stored) -> str:
     done = start.step + start.updates_before
     tau = anneal(recipe.ema.start, recipe.ema.end, recipe.ema.anneal_steps, done + 1)
     found = f"{stored.step} updates" if stored.step is not None else "updates not said by the file"
-    use = "not used" if stored.step and not done else f"the teacher's decay goes on at {done}"
+    use = f"the teacher's decay goes on at {done}" if done else "the teacher's decay begins anew"
     text = f"  {found}, {use}: tau {tau:g}; steps begin at {start.step}"
     if tau >= 1:
         text += "\n  warning: at tau 1 the teacher stays as it is; "

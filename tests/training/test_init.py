@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import ROOT
 from runs import (
     MODALITIES,
     STEPS,
@@ -28,6 +30,9 @@ from d2v_ds.engine.ds_config import PRESETS
 from d2v_ds.engine.ema import anneal
 from d2v_ds.recipe import Recipe, load_recipe
 from d2v_ds.training.init import Start, read_start
+
+sys.path.insert(0, str(ROOT / "tests" / "convert"))
+from checkpoints import pretrained  # noqa: E402
 
 LAST = f"step_{STEPS:08d}"
 STILL = ["train.steps=1", "ema.start=1", "ema.end=1"]
@@ -362,6 +367,37 @@ def test_a_fairseq_file_starts_a_run(run, exports, tmp_path):
     assert all(torch.equal(start.student[name], value) for name, value in students.items())
     assert all(torch.equal(value, stored.tensors[f"teacher.{name}"]) for name, value in start.teacher.items())
     assert start.updates_before == stored.step == STEPS and "fairseq" in start.notes[0]
+
+
+@pytest.mark.parametrize("case", ["audio_cb4", "image_cb4", "text_cb4", "v1_audio"])
+def test_a_checkpoint_of_the_original_starts_a_run_of_its_own_recipe(case, tmp_path):
+    """With nothing missing, left over or different."""
+    torch.save(pretrained(case), tmp_path / "a.pt")
+    recipe = read(tmp_path / "a.pt").recipe.model_copy(update={"init": str(tmp_path / "a.pt")})
+    start = read_start(recipe)
+    assert start.updates_before == 1234 and len(start.notes) == 3, text_of(start)
+    assert any(not torch.equal(value, start.student[name]) for name, value in start.teacher.items())
+
+
+@pytest.mark.parametrize(
+    ("case", "updates"), [("image_cb4", "1234 updates"), ("v1_audio", "updates not said")]
+)
+def test_a_folder_of_hugging_face_starts_a_run(case, updates, tmp_path):
+    """It holds an encoder alone: decoder fresh, teacher a copy of the student."""
+    pytest.importorskip("transformers")
+    from d2v_ds.convert.huggingface import write_huggingface
+
+    torch.save(pretrained(case), tmp_path / "a.pt")
+    stored = read(tmp_path / "a.pt")
+    write_huggingface(stored, tmp_path / "folder")
+    start = read_start(stored.recipe.model_copy(update={"init": str(tmp_path / "folder")}))
+    modality = next(iter(stored.recipe.modalities))
+    missing = {name for name in stored.tensors if not name.startswith("teacher.")} - set(start.student)
+    assert missing == {name for name in stored.tensors if name.startswith("decoders.")}
+    assert all(torch.equal(value, stored.tensors[name]) for name, value in start.student.items())
+    assert all(torch.equal(value, start.student[name]) for name, value in start.teacher.items())
+    for words in ("not found: the teacher", f"so fresh: decoders.{modality} (", updates):
+        assert words in text_of(start)
 
 
 def test_a_fine_tuned_model_starts_a_run_without_its_head(run, exports, tmp_path):
