@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_ds.engine.partition import Fragment, drop_gathered, fragments
+from d2v_ds.kernels.ema import follow
 
 
 def anneal(start: float, end: float, steps: int, done: int) -> float:
@@ -30,8 +31,8 @@ class Shadow:
 
     master: Tensor
     average: Tensor
-    teacher: Tensor | None
-    """Low-precision tensor of the same layout, whose views are the teacher's weights."""
+    teacher: Tensor
+    """Low-precision tensor of the same layout, at ZeRO-1/2 of all ranks; its views are the teacher's weights."""
 
 
 class TeacherEMA:
@@ -62,24 +63,28 @@ class TeacherEMA:
             return
         if self.is_teacher_fp32:
             torch._foreach_lerp_(self.averages, self.students, 1 - tau)
-        else:
-            for shadow in self.shadows:
-                shadow.average.lerp_(shadow.master, 1 - tau)
-        self.publish()
+        for shadow in self.shadows:
+            follow(shadow.average.view(-1), shadow.master.view(-1), self.home(shadow), tau)
+        self.share()
 
     @torch.no_grad()
     def publish(self) -> None:
         """Writes the averages into the weights that the teacher's forward pass uses."""
         for shadow in self.shadows:
-            if self.stage in (1, 2):
-                part = partition_of(shadow.teacher, shadow.average.numel())
-                part.copy_(shadow.average)
-                torch.distributed.all_gather_into_tensor(shadow.teacher, part)
-            elif self.stage == 3:
-                shadow.teacher.copy_(shadow.average)
-        if not self.is_teacher_fp32 and self.stage == 0:
-            for fragment, shadow in self.by_fragment():
-                self.teachers[fragment.name].copy_(shadow.average.view_as(fragment.parameter))
+            self.home(shadow).copy_(shadow.average.view(-1))
+        self.share()
+
+    def home(self, shadow: Shadow) -> Tensor:
+        """Where this rank writes the low-precision copy of an average."""
+        if self.stage in (1, 2):
+            return partition_of(shadow.teacher, shadow.average.numel())
+        return shadow.teacher
+
+    def share(self) -> None:
+        """After each rank has written its own part: the others' at ZeRO-1/2; nothing moves at ZeRO-3."""
+        if self.stage in (1, 2):
+            for shadow in self.shadows:
+                torch.distributed.all_gather_into_tensor(shadow.teacher, self.home(shadow))
         if self.stage == 3:
             drop_gathered(iter(self.teachers.values()))
 
@@ -131,7 +136,10 @@ class TeacherEMA:
                 for flat, whole, group in groups
                 if self.follows(group)
             ]
-        return [Shadow(f.flat, f.flat.detach().clone(), None) for f in self.fragments]
+        return [
+            Shadow(f.flat, f.flat.detach().clone(), self.teachers[f.name].data.view(-1))
+            for f in self.fragments
+        ]
 
     def follows(self, group: list[nn.Parameter]) -> bool:
         return self.engine.parameter_names[id(group[0])] in self.teachers  # groups are all or nothing
