@@ -94,7 +94,7 @@ def count_targets(run: Run, micro_batches: list[MicroBatch]) -> dict[str, Tensor
 
 def num_targets(batch: Batch, fairseq_compat: bool) -> int:
     if batch.padding_BT is None or fairseq_compat:
-        return batch.masked_NJ.numel()
+        return batch.masked_NJ.numel() if batch.counted_NJ is None else int(batch.counted_NJ.sum())
     return int((batch.mask_NT & ~batch.padding_BT.repeat_interleave(batch.clones, dim=0)).sum())
 
 
