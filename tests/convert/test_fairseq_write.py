@@ -235,6 +235,15 @@ def test_the_command_writes_what_fairseq_reads(tmp_path: Path) -> None:
     assert torch.equal(teacher.tensors[key], stored.tensors[TEACHER + key])
 
 
+def test_a_student_alone_is_written_as_a_model_without_a_teacher() -> None:
+    """fairseq would look for `_ema` otherwise."""
+    checkpoint = pretrained("image_cb4")
+    del checkpoint["model"]["_ema"]
+    written = to_dict(from_dict(checkpoint))
+    assert written["cfg"]["model"]["skip_ema"] is True and "_ema" not in written["model"]
+    assert to_dict(from_dict(pretrained("image_cb4")))["cfg"]["model"]["skip_ema"] is False
+
+
 def test_a_card_of_ones_own_run_has_data_and_steps_and_no_foreign_licence() -> None:
     text = card(fresh(load_recipe("text_tiny")), "load")
     assert "after 5 steps on `shards/sample`" in text and "Licence" not in text
