@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from stores import MODALITIES, store, store_joint
 from torch import Tensor
 
 import d2v_ds
+from d2v_ds.cli import main
+from d2v_ds.convert.consolidate import write_export
 from d2v_ds.convert.huggingface import read_huggingface, write_huggingface
 from d2v_ds.convert.huggingface.writer import TOLERANCE, check, quiet
 from d2v_ds.convert.load import Encoder, build_encoder
@@ -470,6 +473,48 @@ def test_nothing_is_left_of_an_export_that_failed(stores, tmp_path):
     with pytest.raises(RuntimeError, match="differs by inf"):
         write_huggingface(broken, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", MODALITIES)
+@pytest.mark.parametrize("head", [0, 3])
+def test_the_cards_lines_run(name, head, tmp_path):
+    """And give the features, or the logits, of ours."""
+    stored = store(name, head=head)
+    out = write_huggingface(stored, tmp_path / "out")
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    x = {"image": picture(1), "audio": noise(0.5, 1).numpy(), "text": "a text"}[name]
+    names = {"image": x, "waveform": x}
+    with quiet():
+        exec(code.replace("THIS_FOLDER", str(out)), names)
+    encoder = build_encoder(single(stored), name, Path("memory"))
+    if head:
+        given, ours = names["logits"], encoder.logits(x)
+    else:
+        given, ours = names["last_hidden_state"][:, int(name == "image") :], encoder.extract(x)
+    assert (given - ours).abs().max() < 1e-5
+
+
+def test_a_run_that_started_from_other_weights_names_them(stores, tmp_path):
+    """Their licence holds too."""
+    recipe = stores["text"].recipe.model_copy(update={"init": "/somewhere/base_libri.pt"})
+    card = (
+        write_huggingface(replace(stores["text"], recipe=recipe), tmp_path / "out") / "README.md"
+    ).read_text()
+    assert "started from the weights `base_libri.pt`" in card and "/somewhere" not in card
+    assert "That of the weights which training started from, `base_libri.pt`, holds." in card
+
+
+def test_the_command_writes_it_of_any_export(tmp_path):
+    """Of a joint model with --modality; an error names the choices."""
+    path = write_export(store_joint(), tmp_path / "ours")
+    out = tmp_path / "theirs"
+    command = ["export", str(path), "--format", "hf", "--out", str(out)]
+    assert main(command) == 2
+    assert main([*command, "--modality", "image", "--weights", "both"]) == 2
+    assert not out.exists()
+    assert main([*command, "--modality", "image", "--weights", "teacher"]) == 0
+    expected = d2v_ds.load(path, modality="image", weights="teacher").extract(INPUTS["image"])
+    assert torch.equal(d2v_ds.load(out).extract(INPUTS["image"]), expected)
 
 
 def test_the_card_says_what_the_folder_holds(folders):

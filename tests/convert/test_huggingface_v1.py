@@ -312,6 +312,19 @@ def test_pixels_are_normalised_as_the_folder_says(folders, tmp_path):
     assert read_huggingface(out).recipe.modalities["image"].data.std == (0.5, 0.5, 0.5)
 
 
+def test_the_tokenizer_of_a_folder_goes_along(folders, tmp_path):
+    """One of transformers is copied, and texts are read with it."""
+    folder = change(folders["Data2VecTextModel"], tmp_path)
+    words = ["<s>", "<pad>", "</s>", "<unk>", "a", "b", "ab"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    out = write_huggingface(read_huggingface(folder), tmp_path / "again")
+    assert {"vocab.json", "merges.txt"} <= {path.name for path in out.iterdir()}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer("ab")["input_ids"] == [0, 6, 2]
+    assert torch.equal(d2v_ds.load(out).extract("ab"), d2v_ds.load(folder).extract([0, 6, 2]))
+
+
 # ---- what cannot be read ----
 
 

@@ -100,12 +100,13 @@ def rows(stored: Stored, tolerance: float) -> list[str]:
         "teacher": "the teacher's (the exponential moving average of the student), with the student's own parts "
         "where the teacher has none",
     }[stored.weights]
+    start = f", started from the weights `{Path(recipe.init).name}`" if recipe.init else ""
     head = f"; a fine-tuned head of {stored.head.outputs} outputs ({stored.head.kind})" if stored.head else ""
     steps = "not said by the file" if stored.step is None else f"{stored.step}"
     return [
         f"- Weights: {whose}, fp32{head}.",
         f"- Size: {owned / 1e6:.1f} M parameters; {body.dim} wide, {body.depth} shared blocks, {body.heads} heads.",
-        f"- Read from: {stored.source}.",
+        f"- Read from: {stored.source}{start}.",
         f"- Data: {'`' + str(recipe.data) + '`' if stored.is_own_run else 'as its authors say'}; modality {name}.",
         f"- Steps: {steps}.",
         f"- Checked when it was written: loaded back, every layer agrees with d2v_ds to {tolerance:g}.",
@@ -115,6 +116,8 @@ def rows(stored: Stored, tolerance: float) -> list[str]:
 def licence_text(stored: Stored, licence: str | None) -> str:
     if licence:
         return f"`{licence}`, as the card of the folder says that they were read from."
+    if stored.is_own_run and stored.recipe.init:
+        return f"That of the weights which training started from, `{Path(stored.recipe.init).name}`, holds. {LICENCE}"
     if stored.is_own_run:
         return "None was chosen yet. Whoever trained them, on data that allows it, chooses one (`license:` above)."
     return LICENCE

@@ -78,13 +78,14 @@ def write_letters(out: Path, labels: tuple[str, ...]) -> None:
 
 
 def write_tokenizer(out: Path, files: Path | None, config: ModalityConfig) -> str:
-    """tokenizer.json made of the sentencepiece model in `files`; what the card says about it, empty if all is well.
+    """tokenizer.json made of the sentencepiece model in `files`, or the files of transformers that are there instead;
+    returns what the card says about it, empty if all is well.
 
     The new tokenizer must give the ids of the old one on odd and on random texts, or it is not written.
     """
     found = tokenizers(files) if files else []
     if not found:
-        return NO_TOKENIZER
+        return "" if files and copy_foreign(files, out) else NO_TOKENIZER
     model = found[0].read_bytes()
     shutil.copyfile(found[0], out / found[0].name)
     pieces = load_tokenizer(model, config.vocabulary, found[0])
@@ -116,6 +117,17 @@ def write_tokenizer(out: Path, files: Path | None, config: ModalityConfig) -> st
     return ""
 
 
+def copy_foreign(files: Path, out: Path) -> bool:
+    """The tokenizer of the transformers folder that the weights were read from, if it has one."""
+    present = [name for name in FOREIGN if (files / name).is_file()]
+    if not {"tokenizer.json", "vocab.json"} & set(present):
+        return False
+    for name in present:
+        shutil.copyfile(files / name, out / name)
+    return True
+
+
+FOREIGN = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 NO_TOKENIZER = (
     "No tokenizer: the file that these weights were read from holds none (fairseq keeps its dictionary elsewhere). "
     "Models with 50265 tokens of fairseq's GPT-2 BPE have the ids of `AutoTokenizer.from_pretrained"

@@ -132,7 +132,9 @@ def open_processor(folder: Path, modality: str) -> Any | None:
     import transformers
 
     auto = {"audio": "AutoFeatureExtractor", "image": "AutoImageProcessor", "text": "AutoTokenizer"}[modality]
-    if modality == "text" and not (folder / "tokenizer.json").is_file():
+    if modality == "text" and not (
+        (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+    ):
         return None
     return getattr(transformers, auto).from_pretrained(str(folder), trust_remote_code=True)
 
