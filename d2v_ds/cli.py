@@ -15,6 +15,10 @@ def main(argv: list[str] | None = None) -> int:
         from d2v_ds.training.run import main as train_main
 
         return train_main(argv[1:], prog="d2v train")
+    if argv[:1] == ["prepare"]:  # a command line for each data set
+        from shards.command import main as prepare_main
+
+        return prepare_main(argv[1:])
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -30,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("train", help="pre-train a model (d2v train --help)", add_help=False)
+    commands.add_parser("prepare", help="data as shards (d2v prepare --help)", add_help=False)
 
     export = commands.add_parser("export", help="weights in a format of ours or of another library")
     export.add_argument(

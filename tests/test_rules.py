@@ -129,8 +129,10 @@ def test_a_third_party_has_one_home(package):
 
 
 def test_nothing_of_the_package_imports_its_tests_or_scripts():
+    """The command line alone knows the preparers of data."""
     for path in (ROOT / "d2v_ds").rglob("*.py"):
-        assert not {name.split(".")[0] for name in imports(path)} & {"tests", "scripts", "shards", "conftest"}
+        others = {"tests", "scripts", "conftest"} | ({"shards"} if path.name != "cli.py" else set())
+        assert not {name.split(".")[0] for name in imports(path)} & others
 
 
 @pytest.mark.parametrize("module", ["d2v_ds", "d2v_ds.cli", "d2v_ds.training.arguments", "d2v_ds.config"])
@@ -139,6 +141,13 @@ def test_importing_a_light_module_imports_nothing_heavy(module):
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
     assert module in loaded and not loaded & {"torch", "deepspeed", "numpy", "matplotlib", "webdataset"}
+
+
+def test_preparing_and_indexing_shards_need_no_torch():
+    """They run in many processes, each of which would hold it in memory."""
+    done = python_of("import sys, shards.command, d2v_ds.data.index; print(*sys.modules)")
+    assert done.returncode == 0, done.stderr
+    assert "numpy" in done.stdout.split() and not set(done.stdout.split()) & {"torch", "transformers"}
 
 
 def test_importing_everything_imports_no_heavy_third_party():

@@ -1,8 +1,12 @@
 """Tar shards -> index -> plan -> bytes -> micro-batches of this rank, as a pure function of (seed, step).
 
 `index` finds and reads samples, `plan` says which go where, `loader` brings them; what a sample means is the
-modality's matter. The room knows no modality, no model and no DeepSpeed.
+modality's matter. The room knows no modality, no model and no DeepSpeed. `loader` is imported when it is first
+used: finding and indexing shards needs no torch.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from d2v_ds.data.index import (
     Corpus,
@@ -12,8 +16,10 @@ from d2v_ds.data.index import (
     ensure_index,
     expand_shards,
 )
-from d2v_ds.data.loader import DataError, Fault, FaultLog, MicroBatch, Samples, Source, StepLoader
 from d2v_ds.data.plan import Draw, Plan, Stream, TextBlocks, permute, seed_of
+
+if TYPE_CHECKING:
+    from d2v_ds.data.loader import DataError, Fault, FaultLog, MicroBatch, Samples, Source, StepLoader
 
 __all__ = [
     "Corpus",
@@ -36,3 +42,9 @@ __all__ = [
     "permute",
     "seed_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'd2v_ds.data' has no attribute '{name}'")
+    return getattr(import_module("d2v_ds.data.loader"), name)

@@ -11,9 +11,12 @@ SECONDS = {True: 0.5, False: 30.0}
 
 
 class ProgressLine:
-    """`show(done)` as often as one likes."""
+    """`show(done)` as often as one likes; "packed 120 of 700 MB ..." for what="packed" and unit="MB"."""
 
-    def __init__(self, total: int, start: int = 0, stream: TextIO | None = None):
+    def __init__(
+        self, total: int, start: int = 0, stream: TextIO | None = None, what: str = "", unit: str = ""
+    ):
+        self.what, self.unit = what and f"{what} ", unit and f" {unit}"
         self.total, self.start = total, start
         self.stream = sys.stderr if stream is None else stream
         self.is_terminal = self.stream.isatty()
@@ -27,7 +30,8 @@ class ProgressLine:
         rate = (done - self.start) / (now - self.began)
         left = f", {duration((self.total - done) / rate)} left" if rate else ""
         faults = f", {bad} bad" if bad else ""
-        line = f"{done} of {self.total} ({100 * done // max(self.total, 1)} %), {rate:.1f}/s{faults}{left}"
+        share = 100 * done // max(self.total, 1)
+        line = f"{self.what}{done} of {self.total}{self.unit} ({share} %), {rate:.1f}/s{faults}{left}"
         self.stream.write(f"\r{line:<70}" if self.is_terminal else line + "\n")
         self.stream.flush()
 
