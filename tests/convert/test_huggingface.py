@@ -494,6 +494,18 @@ def test_the_cards_lines_run(name, head, tmp_path):
     assert (given - ours).abs().max() < 1e-5
 
 
+def test_the_guides_lines_run(folders, encoders):
+    """docs/export.md, for speech."""
+    text = (ROOT / "docs" / "export.md").read_text()
+    code = next(
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "AutoModel" in block
+    )
+    names = {"waveform": noise(0.5, 1).numpy()}
+    with quiet():
+        exec(code.replace("FOLDER", str(folders["audio"])), names)
+    assert (names["features"] - encoders["audio"].extract(names["waveform"])).abs().max() < 1e-5
+
+
 def test_a_run_that_started_from_other_weights_names_them(stores, tmp_path):
     """Their licence holds too."""
     recipe = stores["text"].recipe.model_copy(update={"init": "/somewhere/base_libri.pt"})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import ROOT
 from stores import store, store_joint
 
 import d2v_ds
@@ -98,6 +100,20 @@ def test_the_folder_says_what_it_holds(folder):
     assert "weights (student) after 120 steps" in card and 'InferenceSession("model.onnx")' in card
     with pytest.raises(ValueError, match="has neither format 'd2v_ds' nor a model_type"):
         d2v_ds.load(folder)
+
+
+def test_the_guides_and_the_cards_lines_run(folder, encoder):
+    """docs/export.md, and the README of the folder."""
+    guide = (ROOT / "docs" / "export.md").read_text()
+    for text in (guide, (folder / "README.md").read_text()):
+        blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        code = next(block for block in blocks if "InferenceSession" in block)
+        path = "FOLDER/model.onnx" if text is guide else "model.onnx"
+        (x,) = waves(0.5)
+        names = {"waveform": x, "x": x}
+        exec(code.replace(path, str(folder / "model.onnx")), names)
+        given = torch.from_numpy(names["last_hidden_state"])
+        assert (given - encoder.extract(x)).abs().max() < TOLERANCE
 
 
 def test_a_joint_model_must_say_which_modality(tmp_path):
