@@ -215,7 +215,7 @@ def build_encoder(stored: Stored, name: str, path: Path, fairseq_compat: bool | 
     recipe = stored.recipe
     config = recipe.modalities[name].model_copy(deep=True)
     compat = recipe.fairseq_compat if fairseq_compat is None else fairseq_compat
-    with torch.random.fork_rng(devices=[]):  # loading must not move the user's random numbers
+    with torch.device("meta"):  # no storage, no random numbers: every parameter is replaced
         model = build_model(recipe.body, {name: config}, compat, has_teacher=False)
     model.decoders = nn.ModuleDict()
     model.encoders[name].context.mask_token = None
@@ -224,7 +224,8 @@ def build_encoder(stored: Stored, name: str, path: Path, fairseq_compat: bool | 
     assign(model, stored.tensors, path)
     head = None
     if stored.head is not None:
-        head = build_head(stored.head, recipe.body.dim)
+        with torch.device("meta"):
+            head = build_head(stored.head, recipe.body.dim)
         assign(head, {k.removeprefix(HEAD): t for k, t in stored.tensors.items() if k.startswith(HEAD)}, path)
     return Encoder(
         model.eval(),
@@ -244,6 +245,7 @@ def assign(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} of {len(names)} tensors: {', '.join(missing[:20])}")
     module.load_state_dict({name: tensors[name] for name in names}, assign=True)
+    assert not any(buffer.is_meta for buffer in module.buffers()), "buffers must be made on the CPU"
 
 
 def build_samples(name: str, config: Any, files: Path | None) -> Any:

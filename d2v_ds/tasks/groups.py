@@ -21,6 +21,9 @@ GROUP_BATCHES = 8
 GROUP_BYTES = 256 << 20
 """Rows and results of a group at most, unless one item alone is larger."""
 
+AHEAD_BYTES = 64 << 20
+"""Of files that are read and not yet decoded: an hour of MP3 has 30 MB, and 230 MB when it is decoded."""
+
 T = TypeVar("T")
 
 
@@ -47,25 +50,31 @@ class Group:
 def prepare(encoder: Encoder, items: Items, start: int, workers: int | None) -> Iterator[Ready]:
     """Every item from `start` on, in order; read here, decoded by threads that are some items ahead."""
     workers = workers or min(8, len(os.sched_getaffinity(0)))
-    pending: deque[Future[Ready]] = deque()
+    pending: deque[tuple[int, Future[Ready]]] = deque()
+    ahead_bytes = 0
     with ThreadPoolExecutor(workers) as pool:
         for i in range(start, len(items)):
-            pending.append(start_one(pool, encoder, items, i))
-            if len(pending) > 4 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+            size, future = start_one(pool, encoder, items, i)
+            pending.append((size, future))
+            ahead_bytes += size
+            while len(pending) > 4 * workers or ahead_bytes > AHEAD_BYTES:
+                size, future = pending.popleft()
+                ahead_bytes -= size
+                yield future.result()
+        for _, future in pending:
+            yield future.result()
 
 
-def start_one(pool: ThreadPoolExecutor, encoder: Encoder, items: Items, i: int) -> Future[Ready]:
+def start_one(pool: ThreadPoolExecutor, encoder: Encoder, items: Items, i: int) -> tuple[int, Future[Ready]]:
+    """Reads an item and hands it to a thread; how many bytes it has."""
     name = items.name(i)
     try:
         content, label = items.read(i)
     except ValueError as error:
         done: Future[Ready] = Future()
         done.set_result(Ready(i, name, "", None, None, str(error)))
-        return done
-    return pool.submit(prepare_one, encoder, i, name, content, label)
+        return 0, done
+    return len(content), pool.submit(prepare_one, encoder, i, name, content, label)
 
 
 def prepare_one(encoder: Encoder, i: int, name: Name, content: bytes, label: str) -> Ready:
