@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     embed = commands.add_parser("embed", help="embeddings of shards or of a folder of files, in one file")
     embed.add_argument("model", help="run folder, export, fairseq file or Hugging Face folder")
-    embed.add_argument("data", help="folder of files or of shards, or a pattern of shards")
+    embed.add_argument("data", help="folder of files or of tar shards, or a pattern of either")
     embed.add_argument("--out", type=Path, required=True, help="a .parquet or .npy file")
     embed.add_argument("--modality", default=None, help="which, if the model has several")
     embed.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from collections import Counter
@@ -42,8 +43,8 @@ class Items(Protocol):
 
 
 def open_items(data: str | Path, modality: str, samples: Any, label: str) -> Items:
-    """The items of one modality: a folder with tars or a pattern of tars is shards; any other folder, or one file, is
-    files, folders inside included.
+    """The items of one modality: a folder with tars or a pattern of tars is shards; any other folder, with the folders
+    in it, one file, or a pattern of such is files.
 
     Raises ValueError if nothing of the modality is there.
     """
@@ -58,6 +59,9 @@ def open_items(data: str | Path, modality: str, samples: Any, label: str) -> Ite
         raise ValueError(
             f"{path} does not exist; give a folder of files, or shards: a folder, a{{000..123}}.tar, *.tar"
         )
+    matches = sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else []
+    if any(is_of(name, modality) for name in matches):
+        return FileItems(Path(), [name for name in matches if is_of(name, modality)])
     return ShardItems(text, samples, label)
 
 
@@ -97,7 +101,7 @@ class FileItems:
         for name in names:
             digest.update(os.fsencode(f"{name}\0{(folder / name).stat().st_size}\n"))
         self.fingerprint = digest.hexdigest()
-        self.words = f"{len(names)} files in {folder}"
+        self.words = f"{len(names)} files" + (f" in {folder}" if folder != Path() else "")
 
     def __len__(self) -> int:
         return len(self.names)

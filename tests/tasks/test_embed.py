@@ -464,9 +464,12 @@ def test_cut_texts_are_counted(encoders, tmp_path):
     assert "2 were cut: they are longer than the model takes at once" in str(summary)
 
 
-def test_one_file_is_data_too(encoders, sounds, tmp_path):
+def test_one_file_or_a_pattern_of_files_is_data_too(encoders, sounds, tmp_path):
     embed(encoders["audio"], sounds / "b" / "Z.wav", tmp_path / "e.parquet")
     assert read(tmp_path / "e.parquet")["key"] == ["Z.wav"]
+    embed(encoders["audio"], f"{sounds}/**/[a-d]*.*", tmp_path / "p.parquet")
+    found = [str(sounds / name) for name in ("a.ogg", "b/a.WAV", "c.wav", "d.wav")]
+    assert read(tmp_path / "p.parquet")["key"] == found
 
 
 class Stream(io.StringIO):
