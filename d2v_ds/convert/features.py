@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.model, self.modality, self.samples, self.recipe = model, modality, samples, recipe
         self.origin, self.head, self.head_config = origin, head, head_config
-        self.inputs = inputs(modality)
+
+    @property
+    def inputs(self) -> ModuleType:
+        """The modality's module that takes what users give; no attribute, so that an encoder can be pickled."""
+        return inputs(self.modality)
 
     def __repr__(self) -> str:
         body, first = self.recipe.body, next(self.model.parameters())

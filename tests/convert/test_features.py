@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +145,14 @@ def test_the_input_that_is_wrong_is_named():
 def test_a_text_that_was_cut_is_told(caplog):
     build("text").extract(["seven " * 100, "seven", "seven " * 100])
     assert "2 of 3 inputs: " in caplog.text and "tokens, cut to 64" in caplog.text
+
+
+@pytest.mark.parametrize("kind", MODALITIES)
+def test_an_encoder_can_be_copied_and_sent_to_another_process(kind):
+    encoder = build(kind)
+    expected = encoder.extract(ITEMS[kind][2])
+    for again in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert torch.equal(again.extract(ITEMS[kind][2]), expected)
 
 
 # ---- heads ----
