@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from shards import folder
+from shards import folder, librispeech
 from shards.prepare import SHARD_MIB, prepare
 
 PREPARERS: dict[str, tuple[ModuleType, str]] = {
     "folder": (folder, "a tree of images, sounds or texts, or a CSV, TSV or JSONL table of them"),
+    "librispeech": (
+        librispeech,
+        "1,000 hours of English read aloud, with transcripts (60 GB), or its mini parts",
+    ),
 }
 
 

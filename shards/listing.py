@@ -20,7 +20,8 @@ import numpy as np
 from shards.writer import tar_bytes, write_bytes
 
 ROW = np.dtype([("part", "<u4"), ("offset", "<u8"), ("bytes", "<u8"), ("key", "<u8"), ("split", "<u2")])
-"""part: its number; offset: of the line in it; bytes: in a tar; key: hash; split: its place in `splits`."""
+"""part: its number; offset: of the line in it; bytes: in a tar; key: a hash, of the split's name too; split: its place
+in `splits`."""
 
 MAX_KEY = 180
 """Characters. A component of a path may have 255, and an extension follows."""
@@ -146,7 +147,8 @@ def list_part(number: int, part: Part, folder: Path, scratch: Path) -> int:
                 splits.append(found.split)
             line = json.dumps([found.key, found.split, found.members]).encode() + b"\n"
             sizes = [len(w.encode()) if isinstance(w, str) else w.size for w in found.members.values()]
-            rows.append((number, offset, tar_bytes(sizes), hash_key(found.key), splits.index(found.split)))
+            key = hash_key(f"{found.split}/{found.key}")
+            rows.append((number, offset, tar_bytes(sizes), key, splits.index(found.split)))
             file.write(line)
             offset += len(line)
 
@@ -158,7 +160,7 @@ def list_part(number: int, part: Part, folder: Path, scratch: Path) -> int:
 
 
 def merge_parts(parts: list[Part], folder: Path) -> None:
-    """Joins what all parts listed: of samples with one key the first stays. ValueError if there is none."""
+    """Joins what all parts listed: of samples of a split with one key the first stays. ValueError if there is none."""
     tables, splits, skipped = [], [], []
     for number, part in enumerate(parts):
         table = np.load(_rows_file(number, part, folder), allow_pickle=False)

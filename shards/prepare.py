@@ -178,6 +178,8 @@ def _pack(job: Job, listing: Listing, shards: list[Shard]) -> None:
         job.say(f"going on: {len(shards) - len(missing)} of {len(shards)} shards are there")
     done = total - left
     line = ProgressLine(max(total // 1_000_000, 1), done // 1_000_000, what="packed", unit="MB")
+    import webdataset  # noqa: F401  # it brings torch: seconds here once, and not in each worker
+
     run = functools.partial(pack_shard, listing=listing, out=job.out, records=records)
     try:
         for shard in run_jobs(run, missing, job.workers):

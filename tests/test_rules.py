@@ -143,8 +143,8 @@ def test_importing_a_light_module_imports_nothing_heavy(module):
     assert module in loaded and not loaded & {"torch", "deepspeed", "numpy", "matplotlib", "webdataset"}
 
 
-def test_preparing_and_indexing_shards_need_no_torch():
-    """They run in many processes, each of which would hold it in memory."""
+def test_indexing_shards_and_the_help_of_preparers_need_no_torch():
+    """It would take seconds of each command."""
     done = python_of("import sys, shards.command, d2v_ds.data.index; print(*sys.modules)")
     assert done.returncode == 0, done.stderr
     assert "numpy" in done.stdout.split() and not set(done.stdout.split()) & {"torch", "transformers"}

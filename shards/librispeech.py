@@ -1,0 +1,191 @@
+"""LibriSpeech (OpenSLR 12) and its mini parts (OpenSLR 31), downloaded, checked and made into shards.
+
+    d2v prepare librispeech --out shards/librispeech                          all seven parts, 60 GB
+    d2v prepare librispeech --out DIR --parts train-clean-5 dev-clean-2       the mini parts, 0.5 GB
+    d2v prepare librispeech ARCHIVES --out DIR                                archives or folders that are there
+
+A sample is one utterance: `flac` as it is published, and `txt`, its transcript as it is published: capitals and
+apostrophes, no punctuation. The key is the utterance's name, <speaker>-<chapter>-<number>. Each part has shards of its
+own, so `librispeech-train-*.tar` is all that is for training. Licence: CC BY 4.0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from shards.archives import list_tar, unpack
+from shards.download import Remote, fetch_all, read_checksums, verify
+from shards.folder import look_at, walk
+from shards.listing import Found, Part, Skipped, Stored, stamp_file
+from shards.prepare import Job, Source
+
+MIRRORS = (
+    "https://www.openslr.org/resources",
+    "https://openslr.trmal.net/resources",
+    "https://openslr.elda.org/resources",
+)
+MD5 = {  # OpenSLR's md5sum.txt
+    "dev-clean": "42e2234ba48799c1f50f24a7926300a1",
+    "dev-other": "c8d0bcc9cca99d4f8b62fcc847357931",
+    "test-clean": "32fa31d27d2e1cad72775fee3f4849a9",
+    "test-other": "fb5a50374b501bb3bac4815ee91d3135",
+    "train-clean-100": "2a93770f6d5c6c964bc36631d331a522",
+    "train-clean-360": "c0e676e450a7ff2f54aeade5171606fa",
+    "train-other-500": "d1a0fd59409feb2c614ce4d30c387708",
+}
+MINI_MD5 = {
+    "dev-clean-2": "6d7ab67ac6a1d2c993d050e16d61080d",
+    "train-clean-5": "5df7d4e78065366204ca6845bb08f490",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        type=Path,
+        nargs="?",
+        metavar="SOURCE",
+        help="folder with <part>.tar.gz or unpacked parts (default: download)",
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=[*MD5, *MINI_MD5],
+        default=list(MD5),
+        help="default: all but the mini parts",
+    )
+    add_download_arguments(parser, "where /12/<part>.tar.gz lies, tried before the known places")
+
+
+def add_download_arguments(parser: argparse.ArgumentParser, mirror: str) -> None:
+    parser.add_argument(
+        "--downloads", type=Path, default=None, help="folder for archives (default: OUT/downloads)"
+    )
+    parser.add_argument("--mirror", default=None, metavar="URL", help=mirror)
+    parser.add_argument(
+        "--checksums",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="a file of md5sum or sha256sum to check archives against, in place of the published ones",
+    )
+
+
+def make_job(arguments: argparse.Namespace) -> Job:
+    source = Path(os.path.abspath(arguments.source.expanduser())) if arguments.source else None
+    if source and not source.is_dir():
+        raise ValueError(
+            f"{source} is no folder; give the folder that holds the archives, or none to download them"
+        )
+    parts = list(dict.fromkeys(arguments.parts))
+    settings = {"made by": "d2v prepare librispeech", "parts": sorted(parts)}
+    find = functools.partial(find_parts, names=sorted(parts), source=source, arguments=arguments)
+    return Job(name="librispeech", out=arguments.out.expanduser(), settings=settings, find=find)
+
+
+def find_parts(job: Job, names: list[str], source: Path | None, arguments: argparse.Namespace) -> Source:
+    """One part of the source for each part of the corpus."""
+    remotes = {name: make_remote(name, arguments) for name in names}
+    records = job.work / "verified"
+    archives = {}
+    if source is None:
+        downloads = arguments.downloads or job.out / "downloads"
+        archives = dict(
+            zip(names, fetch_all(list(remotes.values()), downloads, records, job.say), strict=True)
+        )
+    parts, origin = [], []
+    for name in names:
+        place = archives.get(name) or find_part(source, name)
+        record = {"part": name, "url": remotes[name].urls[0] if source is None else None}
+        if place.is_dir():
+            listed, stamp = functools.partial(list_folder, folder=place, split=name), str(place)
+            origin.append(record | {"checksum": None})
+        else:
+            if source is not None:
+                job.say(f"checking {place}")
+                verify(place, remotes[name].checksum, records)
+            listed, stamp = functools.partial(list_archive, archive=place, split=name), stamp_file(place)
+            origin.append(record | {"size": place.stat().st_size, "checksum": remotes[name].checksum})
+        parts.append(Part(name, listed, f"{name} {stamp}"))
+    return Source(parts=parts, origin=origin)
+
+
+def make_remote(name: str, arguments: argparse.Namespace) -> Remote:
+    file = f"{name}.tar.gz"
+    number = 31 if name in MINI_MD5 else 12
+    places = [*([arguments.mirror.rstrip("/")] if arguments.mirror else []), *MIRRORS]
+    checksum = f"md5:{(MD5 | MINI_MD5)[name]}"
+    if arguments.checksums:
+        checksum = read_checksums(arguments.checksums).get(file)
+    return Remote(file, tuple(f"{place}/{number}/{file}" for place in places), checksum)
+
+
+def find_part(source: Path, name: str) -> Path:
+    """An archive or a folder of a part, at the usual places below `source`."""
+    places = [source / f"{name}.tar.gz", source / f"{name}.tar", source / "LibriSpeech" / name, source / name]
+    for place in places:
+        if place.exists():
+            return place
+    raise ValueError(
+        f"{source} does not hold {name}: neither {', '.join(str(p.relative_to(source)) for p in places)}; name the "
+        "parts that are there by --parts"
+    )
+
+
+def list_archive(scratch: Path, archive: Path, split: str) -> Iterator[Found | Skipped]:
+    """The utterances of a <part>.tar.gz."""
+    plain = unpack(archive, scratch)
+
+    def files() -> Iterator[tuple[str, Stored]]:
+        for member in list_tar(plain):
+            yield member.name, member.where
+
+    return list_utterances(files(), split)
+
+
+def list_folder(scratch: Path, folder: Path, split: str) -> Iterator[Found | Skipped]:
+    """The utterances of an unpacked part."""
+    bad: list[Skipped] = []
+
+    def files() -> Iterator[tuple[str, Stored]]:
+        for path in walk(folder, bad):
+            try:
+                yield path, look_at(path)
+            except ValueError as error:
+                bad.append(Skipped(path, str(error)))
+
+    yield from list_utterances(files(), split)
+    yield from bad
+
+
+def list_utterances(files: Iterable[tuple[str, Stored]], split: str) -> Iterator[Found | Skipped]:
+    """Sounds with their transcripts, sorted by name; a line of `*.trans.txt` is `<name> <transcript>`."""
+    sounds: dict[str, Stored] = {}
+    texts: dict[str, str] = {}
+    for name, where in files:
+        base = name.rpartition("/")[2]
+        if base.endswith(".flac"):
+            sounds[base[: -len(".flac")]] = where
+        elif base.endswith(".trans.txt"):
+            texts |= read_transcripts(name, where)
+    for key in sorted(sounds):
+        if key in texts:
+            yield Found(key, split, {"flac": sounds[key], "txt": texts[key]})
+        else:
+            yield Skipped(f"{key}.flac", "has no transcript")
+    for key in sorted(texts.keys() - sounds.keys()):
+        yield Skipped(f"{key}.flac", "is named in the transcripts, but not there")
+
+
+def read_transcripts(name: str, where: Stored) -> dict[str, str]:
+    with open(where.file, "rb") as file:
+        file.seek(where.offset)
+        lines = file.read(where.size).decode("utf-8").splitlines()
+    parted = [line.partition(" ") for line in lines if line.strip()]
+    if not all(text.strip() for _, _, text in parted):
+        raise ValueError(f"{name} has a line that is not `<utterance> <transcript>`; get the archive again")
+    return {key: text for key, _, text in parted}
