@@ -144,7 +144,7 @@ def check_key(key: Any) -> Any:
             parts += part
         elif isinstance(part, int) and abs(part) >= 1 << 60:  # larger ones can be made to share a hash
             raise ValueError("a key of a dict or set is a number above 2**60")
-        elif not isinstance(part, (str, bytes, int, float, complex, Name, StandIn, torch.dtype, type(None))):
+        elif not isinstance(part, (str, bytes, int, float, Name, StandIn, torch.dtype, type(None))):
             raise ValueError(f"a key of a dict or set is a {type(part).__name__}")
     return key
 
@@ -152,8 +152,24 @@ def check_key(key: Any) -> Any:
 # ---- tensors -----------------------------------------------------------------------------------------------------
 
 
-def rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """A view of a storage (a flat tensor), once it is known to lie inside; what follows stride is of no interest."""
+def rebuild_tensor(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    _grad: Any = None,
+    _hooks: Any = None,
+    flags: Any = None,
+) -> Tensor:
+    """A view of a storage (a flat tensor), once it is known to lie inside.
+
+    `flags`: {neg or conj: True} of a tensor whose storage holds other values than its own; ValueError for these.
+    """
+    if flags and not (isinstance(flags, dict) and set(flags) <= {"neg", "conj"} and not any(flags.values())):
+        raise ValueError(
+            "a tensor is stored with a flag (negated or conjugated when it is read); save it anew after "
+            "resolve_neg() and resolve_conj()"
+        )
     if not isinstance(storage, Tensor) or storage.ndim != 1 or not storage.is_contiguous():
         raise ValueError(f"it makes a tensor of a {type(storage).__name__} instead of a storage")
     if not (is_sizes(size) and is_sizes(stride) and len(size) == len(stride) <= 64 and is_sizes((offset,))):
@@ -183,12 +199,12 @@ def cut(value: Any) -> str:
 
 
 def rebuild_typed_tensor(
-    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, flags: Any = None
 ) -> Tensor:
     """Of a storage that does not know its type."""
     if not isinstance(storage, Tensor) or not isinstance(dtype, torch.dtype):
         raise ValueError("it makes a tensor without a storage or a dtype")
-    return rebuild_tensor(storage.view(dtype), offset, size, stride)
+    return rebuild_tensor(storage.view(dtype), offset, size, stride, grad, hooks, flags)
 
 
 def rebuild_parameter(data: Any, *_: Any) -> Tensor:

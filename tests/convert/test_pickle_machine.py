@@ -196,6 +196,7 @@ def tree(levels: int) -> bytes:
         (b"\x80\x04\x8f(" + tree(60) + b"\x90.", "more than 1000 parts"),
         (b"\x80\x02}\x8a\x09" + (2**70).to_bytes(9, "little") + b"Ns.", "number above 2**60"),
         (b"\x80\x02}]Ns.", "a key of a dict or set is a list"),
+        (b"\x80\x02}c__builtin__\ncomplex\nK\x01K\x02\x86RNs.", "a key of a dict or set is a complex"),
         (b"\x80\x02N" * 3_000_000 + b".", "more than 5000000 opcodes"),
         (b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "makes bytes of a int"),
         (b"\x80\x02c__builtin__\nlist\nc__builtin__\nxrange\nJ\xff\xff\xff\x7f\x85R\x85R.", "makes a list of a range"),

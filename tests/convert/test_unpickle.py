@@ -70,6 +70,15 @@ def test_every_dtype_and_layout_is_read(format, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("view", [torch.conj, lambda c: torch.imag(c.conj())])
+def test_a_tensor_whose_storage_holds_other_values_is_refused(format, view, tmp_path):
+    """torch keeps a conjugate or negative as a flag beside the values, which must not be forgotten."""
+    tensor = view(torch.tensor([1 + 2j, 3 - 4j]))
+    with pytest.raises(ValueError, match="stored with a flag"):
+        read_torch_file(save(tmp_path / "a.pt", {"w": tensor}, format))
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_tensors_that_share_a_storage_share_it_still(format, tmp_path):
     values = torch.zeros(10)
     ours = read_torch_file(save(tmp_path / "a.pt", {"whole": values, "part": values[4:]}, format))
