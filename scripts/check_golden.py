@@ -21,13 +21,14 @@ from torch import Tensor
 
 from d2v_ds.convert import fairseq_v1
 from d2v_ds.convert.fairseq import our_config, our_name, our_tensor, our_weights
+from d2v_ds.kernels.attention import Distance, make_bias
 from d2v_ds.modalities.audio.samples import num_frames
 from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.text.samples import PAD
 from d2v_ds.model.batch import Batch, make_masked, make_views
 from d2v_ds.model.data2vec import Data2Vec
 from d2v_ds.model.decoder import fill_in
-from d2v_ds.model.layers import alibi_bias, alibi_slopes
+from d2v_ds.model.layers import alibi_slopes
 
 TIGHT = {"rtol": 1e-4, "atol": 5e-5}  # local features, encoder input and output, features
 LOOSE = {"rtol": 1e-4, "atol": 2e-4}  # targets and predictions
@@ -149,7 +150,7 @@ class Case:
         """The bias as recorded: with the scale, unless each layer has its own."""
         if not self.alibi.per_layer:
             return context.make_biases(batch.keep_NK)[0]
-        return alibi_bias(torch.ones(1), alibi_slopes(context.heads), batch.keep_NK, context.num_extra)
+        return make_bias(Distance(alibi_slopes(context.heads), batch.keep_NK, context.num_extra))
 
     def check_step(self, model: Data2Vec, batch: Batch, prefix: str, recorded: dict) -> Iterator[Row]:
         """Predictions, targets, losses, spreads and gradients of one forward and backward."""

@@ -14,9 +14,10 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from d2v_ds.config import Config
+from d2v_ds.kernels.attention import Distance, distance_bias
 from d2v_ds.model.batch import Batch
 from d2v_ds.model.decoder import DecoderConfig
-from d2v_ds.model.layers import Body, alibi_bias, alibi_slopes, build_blocks, draw_layerdrop, run_blocks
+from d2v_ds.model.layers import Body, alibi_slopes, build_blocks, draw_layerdrop, run_blocks
 from d2v_ds.model.loss import Loss
 from d2v_ds.model.masking import Mask
 from d2v_ds.model.targets import Target
@@ -119,7 +120,7 @@ class Context(nn.Module):
 
     def forward(
         self, local_BTD: Tensor, batch: Batch, is_masked: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    ) -> tuple[Tensor, tuple[Tensor | Distance, ...], Tensor | None]:
         """The body's input for the masked views (N, E + K, D), K = T if they hold all tokens, or for the whole
         samples (B, E + T, D).
 
@@ -183,7 +184,9 @@ class Context(nn.Module):
             x_BTD = x_BTD.masked_fill(padding_BT[:, :, None], 0)
         return x_BTD + self.conv_positions(x_BTD, padding_BT if self.pads_positions else None)
 
-    def make_biases(self, positions_NK: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    def make_biases(
+        self, positions_NK: Tensor, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor | Distance, ...]:
         if self.relative is not None:
             extra_NE = torch.arange(self.num_extra, device=positions_NK.device).expand(len(positions_NK), -1)
             tokens_NK = torch.cat([extra_NE, positions_NK + self.num_extra], dim=1)
@@ -191,9 +194,9 @@ class Context(nn.Module):
             return tuple(table[rows_NKK].permute(0, 3, 1, 2).to(dtype) for table in self.relative_bias)
         if not self.alibi:
             return ()
+        strength_LH = self.alibi_scale.clamp(min=0).float() * alibi_slopes(self.heads, positions_NK.device)
         return tuple(
-            alibi_bias(scale_H, alibi_slopes(self.heads, positions_NK.device), positions_NK, self.num_extra)
-            for scale_H in self.alibi_scale.clamp(min=0)
+            distance_bias(Distance(strength_H, positions_NK, self.num_extra)) for strength_H in strength_LH
         )
 
 

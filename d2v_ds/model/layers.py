@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_ds.config import Config
+from d2v_ds.kernels.attention import Distance, attend
 
 
 class Body(Config):
@@ -70,7 +71,7 @@ class DropPath(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with an optional additive fp32 bias (N or 1, H, T, T)."""
+    """Multi-head self-attention with an optional bias: (N or 1, H, T, T), or the distance it falls with."""
 
     def __init__(self, body: Body):
         super().__init__()
@@ -88,33 +89,14 @@ class Attention(nn.Module):
         self.dropout = body.attention_dropout
         self.proj_dropout = nn.Dropout(body.encoder_dropout)
 
-    def forward(self, x_NTD: Tensor, bias: Tensor | None, padding_NT: Tensor | None) -> Tensor:
+    def forward(self, x_NTD: Tensor, bias: Tensor | Distance | None, padding_NT: Tensor | None) -> Tensor:
         rows, tokens, dim = x_NTD.shape
         qkv = self.qkv(x_NTD)
         if self.q_bias is not None:
             qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = qkv.view(rows, tokens, 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, T, D / H)
-        dropout = self.dropout if self.training else 0.0
-        y = attend(q, k, v, bias, padding_NT, dropout)
-        return self.proj_dropout(self.proj(y.transpose(1, 2).reshape(rows, tokens, dim)))
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padding_NT: Tensor | None, dropout: float
-) -> Tensor:
-    """softmax(q k / sqrt(d) + bias) v; logits with a bias are fp32, since bf16 cannot tell far frames apart."""
-    if padding_NT is not None:
-        blocked = padding_NT[:, None, None, :]
-        if bias is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=~blocked, dropout_p=dropout)
-        # not -inf: a row whose keys are all padding would be NaN, and its gradient too
-        bias = bias.masked_fill(blocked, torch.finfo(bias.dtype).min)
-    if bias is None or bias.dtype == q.dtype:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    weights = torch.softmax(logits.float() + bias, dim=-1).to(q.dtype)
-    return F.dropout(weights, dropout) @ v
+        y = attend(qkv, bias, padding_NT, self.dropout if self.training else 0.0)
+        return self.proj_dropout(self.proj(y.reshape(rows, tokens, dim)))
 
 
 class MLP(nn.Module):
@@ -149,7 +131,7 @@ class Block(nn.Module):
             )
 
     def forward(
-        self, x_NTD: Tensor, bias: Tensor | None = None, padding_NT: Tensor | None = None
+        self, x_NTD: Tensor, bias: Tensor | Distance | None = None, padding_NT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The block's output and its feed-forward output (before dropout, residual and norm), both (N, T, D)."""
         if self.norm_first:
@@ -208,13 +190,6 @@ def alibi_slopes(heads: int, device: torch.device | None = None) -> Tensor:
     return torch.tensor(slopes + more[: heads - power], device=device)
 
 
-def alibi_bias(scale_H: Tensor, slopes_H: Tensor, positions_NK: Tensor, extra_tokens: int) -> Tensor:
-    """-slope * scale * |i - j| between original positions i, j, (N, H, E + K, E + K) fp32; 0 for extra tokens."""
-    distance_NKK = (positions_NK[:, :, None] - positions_NK[:, None, :]).abs().float()
-    bias = -(scale_H.float() * slopes_H)[None, :, None, None] * distance_NKK[:, None]
-    return F.pad(bias, (extra_tokens, 0, extra_tokens, 0)) if extra_tokens else bias
-
-
 def draw_layerdrop(layers: int, rate: float, seed: int, stack: str) -> list[bool]:
     """Which layers are left out: a function of the seed, so that all ranks leave out the same ones."""
     draw = random.Random(f"{seed}-{stack}")
@@ -224,7 +199,7 @@ def draw_layerdrop(layers: int, rate: float, seed: int, stack: str) -> list[bool
 def walk_blocks(
     blocks: nn.ModuleList,
     x: Tensor,
-    biases: tuple[Tensor, ...],
+    biases: tuple[Tensor | Distance, ...],
     padding: Tensor | None,
     drops: list[bool],
     first_layer: int = 0,
@@ -241,7 +216,7 @@ def walk_blocks(
 def run_blocks(
     blocks: nn.ModuleList,
     x: Tensor,
-    biases: tuple[Tensor, ...],
+    biases: tuple[Tensor | Distance, ...],
     padding: Tensor | None,
     drops: list[bool],
     first_layer: int = 0,

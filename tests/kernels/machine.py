@@ -40,16 +40,23 @@ def print_results(results: Any) -> None:
 
 
 def prepare_interpreter() -> None:
-    """Lets kernels loop to a value: numpy 2.4 no longer makes the interpreter's one-element arrays integers."""
+    """Lets kernels loop to a value (numpy 2.4 no longer makes the interpreter's one-element arrays integers) and
+    multiply bf16 (it takes the bits for integers)."""
+    import triton.language as tl
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    patch, multiply = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+
+    def multiply_in_fp32(self, a, b, *rest):
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return multiply(self, a, b, *rest)
 
     def patch_index_too(tensor: type, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_index_too
+    interpreter.InterpreterBuilder.create_dot = multiply_in_fp32
 
 
 @contextmanager
