@@ -396,6 +396,34 @@ def test_a_folder_works_without_d2v_ds(folders, encoders, tmp_path):
     assert (ours.x[~ours.mask] - theirs[~ours.mask]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("d2v_ds", None, "d2v_ds must hold the recipe"),
+        ("d2v_ds.recipe.body.depth", 10**12, r"recipe.body.depth=1000000000000 is more than any model has"),
+        ("d2v_ds.recipe.body.depth", 4, "says 4 layers, the weights have 3"),
+        (
+            "d2v_ds.recipe.modalities.text.vocabulary",
+            999,
+            r"local.tokens.weight \(1000, 48\) instead of \(999, 48\)",
+        ),
+        ("d2v_ds.recipe.modalities.text.max_tokens", 10**12, r"positions.weight \(66, 48\) instead of"),
+        ("d2v_ds.recipe.body.heads", "x", "body.heads"),
+    ],
+)
+def test_a_damaged_configuration_is_an_error_that_names_the_setting(path, value, message, folders, tmp_path):
+    folder = shutil.copytree(folders["text"], tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    *parents, last = path.split(".")
+    target = config
+    for parent in parents:
+        target = target[parent]
+    target[last] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        read_huggingface(folder)
+
+
 # ---- tokenizers ----
 
 

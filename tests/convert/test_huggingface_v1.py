@@ -342,7 +342,8 @@ def change(folder: Path, tmp_path: Path, **changes) -> Path:
         ("Data2VecAudioModel", {"model_type": "wav2vec2"}, "model_type 'wav2vec2'.*read with data2vec-audio"),
         ("Data2VecAudioModel", {"conv_bias": True}, "conv_bias=True is not supported, only False"),
         ("Data2VecAudioModel", {"hidden_act": "relu"}, "hidden_act='relu' is not supported, only 'gelu'"),
-        ("Data2VecAudioModel", {"num_hidden_layers": 4}, r"missing: encoder\.layers\.3\.attention\.q_proj"),
+        ("Data2VecAudioModel", {"num_hidden_layers": 4}, "says 4 layers, the weights have 3"),
+        ("Data2VecAudioModel", {"num_conv_pos_embeddings": 6}, r"missing: encoder\.pos_conv_embed\.layers\.5\."),
         ("Data2VecTextModel", {"vocab_size": 90}, r"word_embeddings.weight \(80, 32\) instead of \(90, 32\)"),
         ("Data2VecTextModel", {"architectures": ["Data2VecTextForMaskedLM"]}, "holds a Data2VecTextForMaskedLM"),
         ("Data2VecVisionModel", {"use_shared_relative_position_bias": False}, "positions relative"),
@@ -352,6 +353,28 @@ def change(folder: Path, tmp_path: Path, **changes) -> Path:
 def test_another_model_is_an_error_that_names_it(name, changes, message, folders, tmp_path):
     with pytest.raises(ValueError, match=message):
         read_huggingface(change(folders[name], tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    "name", ["Data2VecAudioForCTC", "Data2VecTextModel", "Data2VecVisionForImageClassification"]
+)
+def test_any_odd_setting_is_an_error_or_changes_nothing(name, folders, tmp_path):
+    """Never another exception, endless memory, or other weights."""
+    folder = change(folders[name], tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    expected = read_huggingface(folder).tensors
+    refused = 0
+    for key in config:
+        for value in (None, "x", -1, 10**12, []):
+            (folder / "config.json").write_text(json.dumps(config | {key: value}))
+            try:
+                given = read_huggingface(folder).tensors
+            except ValueError:
+                refused += 1
+                continue
+            same = {k for k in given if k in expected and torch.equal(given[k], expected[k])}
+            assert same == given.keys() or key == "pad_token_id", f"{key}={value!r}"
+    assert refused > 40
 
 
 def test_damaged_and_absent_weights_are_errors(folders, tmp_path):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from d2v_ds.convert.beit import MAX_SIDE
 from d2v_ds.convert.names import Names, Place, fuse
 from d2v_ds.convert.single import modality_of
 from d2v_ds.convert.stored import Stored
@@ -398,6 +399,10 @@ def vision_config(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
             f"use_shared_relative_position_bias={shared} are not supported: images and patches must be square, and "
             "positions relative"
         )
+    if size // patch > MAX_SIDE:
+        raise ValueError(
+            f"config.json: image_size={size} has more than {MAX_SIDE} patches of {patch} in a row"
+        )
     body = {
         "norm_first": True,
         "qkv_bias": "qv",
@@ -475,7 +480,8 @@ def our_head(config: dict[str, Any], tensors: dict[str, Tensor], family: Family)
 
 def labels_of(config: dict[str, Any], outputs: int) -> tuple[str, ...] | None:
     """What `id2label` says, if it says anything."""
-    given = config.get("id2label") or {}
+    given = config.get("id2label")
+    given = given if isinstance(given, dict) else {}
     labels = tuple(str(given.get(str(i), given.get(i))) for i in range(outputs))
     is_named = len(given) == outputs and any(label != f"LABEL_{i}" for i, label in enumerate(labels))
     return labels if is_named else None

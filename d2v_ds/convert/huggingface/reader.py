@@ -6,6 +6,7 @@ Only files are read: transformers need not be installed, and no code of the fold
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "drop_path_rate": 0.1,
     },
 }
+MAX_SIZE = 10_000_000
+COUNTS = {"depth", "layers", "projection_layers", "prenet_depth", "position_depth", "extra_tokens"}
+MAX_COUNT = 1_000
+# what torch and numpy raise for a model of impossible sizes
+ODD_SIZES = (TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError, MemoryError)
 HALF = [0.5, 0.5, 0.5]  # mean and spread of BeitImageProcessor where its file is silent
 
 
@@ -85,15 +91,15 @@ def read_huggingface(folder: str | Path) -> Stored:
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind == own.MODEL_TYPE:
         reader = read_own
     elif kind in native.FAMILIES:
         reader = read_native
     else:
         raise ValueError(
-            f"{folder}/config.json has model_type {kind!r} (format {config.get('format')!r}); folders of transformers "
-            f"are read with {', '.join((*native.FAMILIES, own.MODEL_TYPE))}, those of `d2v export` with format 'd2v_ds'"
+            f"{folder}/config.json has model_type {config.get('model_type')!r}; folders of transformers are read with "
+            f"{', '.join((*native.FAMILIES, own.MODEL_TYPE))}, and those of `d2v export` have format 'd2v_ds'"
         )
     try:
         return reader(folder, config)
@@ -103,15 +109,26 @@ def read_huggingface(folder: str | Path) -> Stored:
         raise ValueError(f"{folder}/config.json has no {error}") from error
     except ValueError as error:
         raise error if str(error).startswith(str(folder)) else ValueError(f"{folder}: {error}") from error
+    except ODD_SIZES as error:
+        raise ValueError(f"{folder}/config.json describes no model that can be built: {error}") from error
 
 
 def read_own(folder: Path, config: dict[str, Any]) -> Stored:
     kept = config["d2v_ds"]
+    if not isinstance(kept, dict) or not isinstance(kept.get("recipe"), dict):
+        raise ValueError(
+            f"{folder}/config.json: d2v_ds must hold the recipe of the model, as d2v export writes it"
+        )
+    check_counts(kept["recipe"])
     recipe = validated(kept["recipe"], f"{folder}/config.json")
+    if len(recipe.modalities) != 1:
+        raise ValueError(f"{folder}/config.json has {len(recipe.modalities)} modalities, must have one")
     (name,) = recipe.modalities
     tensors = read_tensors(folder)
+    check_depth(recipe.body.depth, tensors, r"(?:encoder\.)?blocks\.(\d+)\.")
+    check_depth(recipe.modalities[name].prenet_depth, tensors, r"(?:encoder\.)?context\.blocks\.(\d+)\.")
     kinds = {with_head: kind for kind, (_, with_head) in own.HEADS.items()}
-    kind = kinds.get((config.get("architectures") or [None])[0])
+    kind = kinds.get(class_of(config))
     ours = own.our_weights(tensors, name, kind is not None)
     head = None
     if kind is not None:
@@ -137,14 +154,16 @@ def read_own(folder: Path, config: dict[str, Any]) -> Stored:
 
 def read_native(folder: Path, config: dict[str, Any]) -> Stored:
     kind = config["model_type"]
-    family, config = native.FAMILIES[kind], DEFAULTS[kind] | config
-    written = (config.get("architectures") or [family.plain])[0]
+    family, config = native.FAMILIES[kind], complete(DEFAULTS[kind], config)
+    written = class_of(config) or family.plain
     if written not in (family.plain, family.with_head):
         raise ValueError(
             f"holds a {written}; of this kind {family.plain} and {family.with_head} can be read: save its encoder, "
             f"model.{family.prefix}save_pretrained(folder)"
         )
-    tensors, unknown = native.our_weights(read_tensors(folder), family)
+    theirs = read_tensors(folder)
+    check_depth(config["num_hidden_layers"], theirs, r"(?:\w+\.)?encoder\.layers?\.(\d+)\.")
+    tensors, unknown = native.our_weights(theirs, family)
     body, name, modality = native.our_config(config)
     head = native.our_head(config, tensors, family) if written == family.with_head else None
     if head is not None and head.kind == "ctc":
@@ -167,6 +186,53 @@ def read_native(folder: Path, config: dict[str, Any]) -> Stored:
         files=folder,
         head=head,
     )
+
+
+def check_counts(settings: dict[str, Any], where: str = "recipe") -> None:
+    """ValueError for more parts of one kind than any model has: before as many are built."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            check_counts(value, f"{where}.{key}")
+        elif key in COUNTS and isinstance(value, (int, float)) and value > MAX_COUNT:
+            raise ValueError(f"config.json: {where}.{key}={value} is more than any model has ({MAX_COUNT})")
+
+
+def class_of(config: dict[str, Any]) -> str | None:
+    """The class that wrote the folder, if it says."""
+    written = config.get("architectures")
+    return str(written[0]) if isinstance(written, list) and written else None
+
+
+def complete(defaults: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The class's settings with those of the file; ValueError for one of another kind than its default."""
+    for key, default in defaults.items():
+        value = config.get(key, default)
+        if not is_of_kind(value, default, key):
+            raise ValueError(f"config.json: {key}={value!r} is odd; it is usually {default!r}")
+    return defaults | config
+
+
+def is_of_kind(value: Any, default: Any, key: str) -> bool:
+    if isinstance(default, (bool, str)):
+        return isinstance(value, type(default))
+    if isinstance(default, list) or (key in ("image_size", "patch_size") and isinstance(value, list)):
+        return isinstance(value, list) and bool(value) and all(is_size(v) for v in value)
+    if isinstance(default, int):
+        return is_size(value) or (key.endswith("_id") and value == 0)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e6
+
+
+def is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < MAX_SIZE
+
+
+def check_depth(depth: int, tensors: dict[str, Tensor], pattern: str) -> None:
+    """ValueError if the weights have not as many layers as the configuration says: before as many are built."""
+    found = {int(match[1]) for name in tensors if (match := re.match(pattern, name))}
+    if len(found) != depth:
+        raise ValueError(
+            f"config.json says {depth} layers, the weights have {len(found)}: {sorted(found)[:50]}"
+        )
 
 
 def optional(recipe: Recipe) -> tuple[str, ...]:
