@@ -291,7 +291,8 @@ class ForeignTokenizer:
             raise ValueError(
                 f"the tokenizer of {self.folder} needs transformers (pip install 'd2v_ds[hf]'); or give token ids"
             ) from error
-        tokenizer = AutoTokenizer.from_pretrained(str(self.folder))
+        # no code of the folder is run, and nobody is asked whether it may be
+        tokenizer = AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
         ids = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
         if ids != (BOS, PAD, EOS):
             raise ValueError(

@@ -203,6 +203,16 @@ def test_v1_recipes_become_transformers_own_classes(name, tmp_path):
         )
 
 
+def test_loading_a_folder_here_runs_no_code_of_it(folders, tmp_path):
+    """Not even for its tokenizer: the sentencepiece model gone, transformers reads tokenizer.json."""
+    folder = shutil.copytree(folders["text"], tmp_path / "copy")
+    (folder / "sentencepiece.model").unlink()
+    (folder / MODELING.name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    given = d2v_ds.load(folder).extract("the digit seven")
+    assert torch.equal(given, d2v_ds.load(folders["text"]).extract("the digit seven"))
+    assert not (tmp_path / "ran").exists()
+
+
 # ---- whose weights ----
 
 
