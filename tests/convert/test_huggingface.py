@@ -283,6 +283,28 @@ def test_a_fine_tuned_head_is_there_too(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODALITIES)
+def test_a_pipeline_answers_as_ours(name, tmp_path):
+    """transformers' pipelines find processor, tokenizer and head by themselves."""
+    stored = store(name, head=6)
+    stored.head.labels = ("<s>", "A", "B", "C", "|", "D")
+    out = write_huggingface(stored, tmp_path / "out")
+    task = {
+        "image": "image-classification",
+        "audio": "automatic-speech-recognition",
+        "text": "text-classification",
+    }
+    with quiet():
+        pipe = transformers.pipeline(task[name], model=str(out), trust_remote_code=True)
+        (answer,) = pipe([INPUTS[name][0] if name != "audio" else INPUTS[name][0].numpy()])
+    expected = build_encoder(single(stored), name, Path("memory")).predict(INPUTS[name][0])
+    if name == "audio":
+        assert answer["text"].replace(" ", "") == expected[0].replace(" ", "")
+    else:
+        best = max(answer, key=lambda a: a["score"]) if isinstance(answer, list) else answer
+        assert best["label"] == expected[0]
+
+
+@pytest.mark.parametrize("name", MODALITIES)
 def test_a_pretrained_folder_can_be_fine_tuned_in_transformers(name, folders, tmp_path):
     """The class of the modality's task takes the encoder's weights, starts a fresh head, learns, is saved as
     transformers saves, and comes back here with all it learned."""

@@ -11,7 +11,7 @@ B samples, S waveform samples, T tokens, E extra tokens, D dim, H heads.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -120,10 +120,19 @@ class Data2Vec2FeatureExtractor(Wav2Vec2FeatureExtractor):
         return normed
 
 
+class ImageSettings(TypedDict, total=False):
+    """What `from_pretrained` may be given besides what is stored."""
+
+    size: dict[str, int]
+    image_mean: list[float]
+    image_std: list[float]
+
+
 class Data2Vec2ImageProcessor(ImageProcessingMixin):
     """Images of any size -> RGB, resized whole (PIL, bicubic), normalised; pixel_values (B, 3, H, W)."""
 
     model_input_names = ["pixel_values"]
+    valid_kwargs = ImageSettings
 
     def __init__(
         self,
