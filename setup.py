@@ -32,6 +32,7 @@ setup(
         "numpy>=1.26",
         "matplotlib>=3.8",
         "pyarrow>=15",  # embeddings as parquet
+        "scipy>=1.10",  # ImageNet's classes are in a file of MATLAB
         "scikit-learn>=1.3",  # the handwritten digits of the sample shards
         "setuptools>=70.1,<82",  # what DeepSpeed builds its operators with
         "ninja",

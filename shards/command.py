@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from shards import folder, librispeech
+from shards import folder, imagenet, librispeech, openwebtext
 from shards.prepare import SHARD_MIB, prepare
 
 PREPARERS: dict[str, tuple[ModuleType, str]] = {
@@ -16,6 +16,8 @@ PREPARERS: dict[str, tuple[ModuleType, str]] = {
         librispeech,
         "1,000 hours of English read aloud, with transcripts (60 GB), or its mini parts",
     ),
+    "imagenet": (imagenet, "ImageNet-1k, from its tars, folders of classes or parquet files"),
+    "openwebtext": (openwebtext, "8 million documents of the web (13 GB, 46 GB as shards)"),
 }
 
 
