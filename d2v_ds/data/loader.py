@@ -7,6 +7,7 @@ workers and from any step. A unit that cannot be read is replaced as the plan sa
 import gc
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,13 +103,15 @@ class StepLoader:
         assert {s.stream for s in sources} == set(plan.streams), "the plan was made for other sources"
         self.steps = range(first_step, last_step)
         self.items_per_step = len(plan.items(first_step, rank, world))
+        leaving = multiprocessing.get_context("fork").Event()
+        weakref.finalize(self, leaving.set)  # when given up, or at the latest when the process exits
         self._loader = DataLoader(
             _MicroBatches(sources, plan),
             batch_size=None,
             sampler=_Items(plan, rank, world, self.steps),
             num_workers=workers,
             collate_fn=_identity,
-            worker_init_fn=_init_worker,
+            worker_init_fn=partial(_init_worker, leaving),
             multiprocessing_context="fork" if workers else None,
             prefetch_factor=math.ceil(prefetch_steps * self.items_per_step / workers) if workers else None,
             generator=torch.Generator(),  # else each iteration draws from the global one
@@ -118,7 +122,6 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         micro_batches = iter(self._loader)
-        weakref.finalize(micro_batches, _end, getattr(micro_batches, "_workers", []))
         for _ in self.steps:
             yield [next(micro_batches) for _ in range(self.items_per_step)]
 
@@ -221,19 +224,13 @@ def _identity(item: Any) -> Any:
     return item
 
 
-def _end(workers: list[Any]) -> None:
-    """When the loader is given up or the process exits, whatever the reason."""
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
-
-
-def _init_worker(_: int) -> None:
+def _init_worker(leaving: Any, _: int) -> None:
     """The main process decides when to stop: a signal to the whole group must not end its workers first.
 
-    So multiprocessing cannot end them either, and would wait for them for ever after an error: see `_end`.
+    But once it is leaving, SIGTERM is what multiprocessing ends them with; else it would wait for them for ever.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.is_set() else None)
     torch.set_num_threads(1)
     gc.freeze()  # a collection over all of torch's objects took 60-80 ms

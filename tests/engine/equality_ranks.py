@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from d2v_ds.engine.ds_config import find_config, read_config, resolve_config
 from d2v_ds.engine.launch import prepare_environment, start_distributed
 from d2v_ds.engine.partition import fragments, full_shape
+from d2v_ds.training.init import Start
 from d2v_ds.training.loop import Report, train_step
 from d2v_ds.training.run import build_run, open_sources
 
@@ -86,7 +87,7 @@ def run_case(name: str, out: Path, device: torch.device) -> None:
     )
     recipe.out = str(out / f"run-{name}")
     rank, world = dist.get_rank(), dist.get_world_size()
-    run = build_run(recipe, ds_config, open_sources(recipe, rank), None, device, rank, world)
+    run = build_run(recipe, ds_config, open_sources(recipe, rank), None, Start(), device, rank, world)
     run.engine.train()
     losses, collectives, formula_errors = [], [], []
     update = run.ema.update
