@@ -1,22 +1,24 @@
-"""The teacher's targets: reference and kernels against float64, and what the kernels compile to.
-
-Triton reads TRITON_INTERPRET when it is imported (its own tl.sum is decorated then), and any module may have
-imported it before this one. So one child process runs all interpreted cases: this file as a script.
-"""
+"""The teacher's targets: reference and kernels against float64, their bytes, and what they compile to."""
 
 import dataclasses
 import importlib.util
 import itertools
-import json
-import os
-import re
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from machine import (
+    CAPABILITIES,
+    SHARED_LIMIT,
+    Compiled,
+    compiler,  # noqa: F401  (a fixture)
+    counted_bytes,
+    poisoned,
+    prepare_interpreter,
+    print_results,
+    run_interpreted,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,6 +39,7 @@ class Case:
     dtype: str = "float32"
     offset: float = 0.0  # added to every input
     out: str = "float32"
+    views: int = 0  # of every sample, at a third of the positions; 0 = whole samples
 
     def __str__(self) -> str:
         return "-".join(str(value) for value in dataclasses.astuple(self))
@@ -70,6 +73,14 @@ EDGES = [
     Case(2, 1031, 19, 2, "layer", ("instance",), padding="tail"),
     Case(2, 1031, 8, 2, padding="full", dtype="float16"),
     Case(1, 4093, 8, 2, offset=1000.0),
+    Case(1, 1031, 5, 48, dtype="bfloat16"),
+    # At the masked positions of all views: the one kernel, the long one, and after final norms.
+    Case(2, 37, 19, 3, skip=1, views=3, dtype="bfloat16"),
+    Case(3, 37, 8, 2, padding="tail", views=1),
+    Case(2, 13, 37, 2, "layer", padding="full", views=2, out="bfloat16"),
+    Case(2, 13, 37, 2, "instance", ("layer",), views=2, dtype="float16"),
+    Case(2, 13, 8, 2, "none", ("layer", "instance"), padding="tail", views=4),
+    Case(2, 1031, 8, 2, views=2, padding="tail"),
 ]
 CASES = GRID + EDGES
 
@@ -90,6 +101,15 @@ def make_inputs(case: Case, device: str = "cpu") -> tuple[list[Tensor], Tensor |
     return layers, None if padding_BT is None else padding_BT.to(device)
 
 
+def draw_masked(case: Case, device: str = "cpu") -> Tensor | None:
+    """A third of the positions of every view, others in each, in no order; (N, J)."""
+    if case.views == 0:
+        return None
+    generator = torch.Generator().manual_seed(case.T)
+    rows = [torch.randperm(case.T, generator=generator) for _ in range(case.B * case.views)]
+    return torch.stack(rows)[:, : max(1, case.T // 3)].to(device)
+
+
 def expected(case: Case, layers: list[Tensor], padding_BT: Tensor | None) -> np.ndarray:
     """The definition in float64, sample by sample, over the real tokens alone."""
 
@@ -108,13 +128,20 @@ def expected(case: Case, layers: list[Tensor], padding_BT: Tensor | None) -> np.
         for norm in case.final:
             mean = normalize(mean, norm)
         result[b, is_real] = mean
-    return result
+    masked_NJ = draw_masked(case)
+    if masked_NJ is None:
+        return result
+    return np.stack([result[n // case.views][row] for n, row in enumerate(masked_NJ.numpy())])
 
 
-def options(case: Case, padding_BT: Tensor | None) -> dict:
-    dtype = getattr(torch, case.out)
+def options(case: Case, padding_BT: Tensor | None, device: str = "cpu") -> dict:
     return dict(
-        per_layer=case.per_layer, final=case.final, skip=case.skip, padding_BT=padding_BT, dtype=dtype
+        per_layer=case.per_layer,
+        final=case.final,
+        skip=case.skip,
+        padding_BT=padding_BT,
+        masked_NJ=draw_masked(case, device),
+        dtype=getattr(torch, case.out),
     )
 
 
@@ -127,34 +154,59 @@ def tolerance(case: Case) -> float:
 
 def kernel_error(case: Case, device: str) -> float:
     """Largest error of the kernels against float64, every buffer full of NaN before they write."""
-
-    def allocate_poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.full(shape, torch.nan, dtype=dtype, device=device)
-
     layers, padding_BT = make_inputs(case, device)
-    plain_allocate, targets._allocate = targets._allocate, allocate_poisoned
+    plain_allocate, targets._allocate = targets._allocate, poisoned
     try:
-        target_BTD = make_targets_triton(layers, **options(case, padding_BT))
+        target_BTD = make_targets_triton(layers, **options(case, padding_BT, device))
     finally:
         targets._allocate = plain_allocate
     return float(np.abs(target_BTD.double().cpu().numpy() - expected(case, layers, padding_BT)).max())
 
 
+COUNTED = {
+    "whole": Case(2, 37, 19, 5, skip=1, dtype="bfloat16"),
+    "final": Case(2, 37, 19, 5, final=("layer",), dtype="bfloat16"),
+    "long": Case(2, 1031, 19, 3, dtype="bfloat16"),
+    "masked": Case(2, 37, 19, 5, dtype="bfloat16", views=4),
+}
+
+
+def bytes_of(case: Case) -> dict[str, int]:
+    """What the kernels ask memory for."""
+    layers, padding_BT = make_inputs(case)
+    with counted_bytes() as counts:
+        make_targets_triton(layers, **options(case, padding_BT))
+    return counts
+
+
 @pytest.fixture(scope="module")
-def interpreted_errors() -> dict[str, float]:
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    child = subprocess.run(
-        [sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300, cwd=Path.cwd()
-    )
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout)
+def interpreted() -> dict:
+    return run_interpreted(__file__)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_interpreted_kernel_equals_float64(case: Case, interpreted_errors: dict[str, float]) -> None:
+def test_interpreted_kernel_equals_float64(case: Case, interpreted: dict) -> None:
     """NaN fails too: no element is left unwritten, no padded input leaks."""
-    assert interpreted_errors[str(case)] < tolerance(case)
+    assert interpreted["errors"][str(case)] < tolerance(case)
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_kernels_move_the_bytes_that_their_docstring_says(name: str, interpreted: dict) -> None:
+    """Each input once, the mean once; twice and statistics where the axis is long; a view's vectors once each."""
+    case, word = COUNTED[name], 4
+    elements = case.B * case.T * case.D
+    read, written = 2 * case.K * elements, word * elements
+    if name == "final":
+        read, written = read + word * elements, 2 * written
+    if name == "long":  # K means and K deviations are written once, and read for every tile of time
+        block_t, _, _ = targets.tile_shape("instance", case.T, case.D)
+        statistics = 2 * word * case.B * case.K * case.D
+        read, written = 2 * read + -(-case.T // block_t) * statistics, written + statistics
+    if name == "masked":  # and where a position stands in each view's list, once for every tile of channels
+        _, block_d, _ = targets.tile_shape("instance", case.T, case.D)
+        rows = case.B * case.views
+        read, written = read + -(-case.D // block_d) * 2 * rows * case.T, word * rows * (case.T // 3) * case.D
+    assert interpreted["bytes"][name] == {"read": read, "written": written}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -247,6 +299,10 @@ def test_module_works_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"skip": -1}, r"skip is -1 of 5 tokens"),
         ({"skip": 1, "padding_BT": torch.zeros(2, 5).bool()}, r"\(2, 5\), .* \(2, 4\); pass"),
         ({"padding_BT": torch.zeros(2, 5)}, r"torch\.float32 .* must be torch\.bool"),
+        (
+            {"masked_NJ": torch.zeros(3, 1).long()},
+            r"masked_NJ .*\(3, 1\), .* multiple of the 2 samples; pass",
+        ),
     ],
 )
 @pytest.mark.parametrize("make", [make_targets, make_targets_reference, make_targets_triton])
@@ -257,77 +313,72 @@ def test_bad_option_says_value_rule_and_remedy(make, change: dict, message: str)
         make(arguments.pop("layers"), **arguments)
 
 
-# norm, T, D, K, input dtype, has padding; the recipes, then the extremes
+# norm, T, D, K, input dtype, has padding, at masked positions; the recipes, then the extremes
 COMPILED = [
-    ("instance", 196, 768, 10, "bf16", False),
-    ("layer", 196, 768, 1, "fp32", False),
-    ("instance", 999, 768, 8, "fp16", True),
-    ("layer", 512, 1024, 24, "bf16", False),
-    ("instance", 512, 1024, 1, "fp32", True),
-    ("instance", 1024, 2048, 48, "fp32", True),
-    ("layer", 3, 8192, 48, "fp32", True),
-    ("none", 7, 37, 2, "bf16", True),
-    ("instance", 4096, 768, 24, "fp32", True),
-    ("layer", 1, 1, 2, "fp32", False),
+    ("instance", 196, 768, 10, "bf16", False, False),
+    ("instance", 196, 768, 10, "bf16", False, True),
+    ("layer", 196, 768, 1, "fp32", False, False),
+    ("layer", 196, 768, 1, "fp32", False, True),
+    ("instance", 999, 768, 8, "fp16", True, False),
+    ("layer", 512, 1024, 24, "bf16", False, False),
+    ("instance", 512, 1024, 1, "fp32", True, False),
+    ("instance", 1024, 2048, 48, "fp32", True, False),
+    ("layer", 3, 4096, 48, "fp32", True, False),
+    ("none", 7, 37, 2, "bf16", True, True),
+    ("instance", 4096, 2048, 48, "bf16", True, False),
+    ("instance", 4096, 768, 24, "fp32", True, True),
+    ("layer", 1, 1, 2, "fp32", False, False),
 ]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("shape", COMPILED, ids=str)
-def test_kernel_compiles_without_spills(shape: tuple, capability: int, tmp_path: Path, monkeypatch) -> None:
+def test_kernel_compiles_without_spills(shape: tuple, capability: int, compiler) -> None:  # noqa: F811
     """Ahead of time, without a GPU; as the launcher would specialise it."""
-    triton = pytest.importorskip("triton")
-    if triton.knobs.runtime.interpret:
-        pytest.skip("the interpreter is on")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    kernel = compile_kernel(*shape, capability=capability)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    assert stack == 0, usage  # spilled registers lie on the stack
-    assert registers * 32 * kernel.metadata.num_warps <= 65536
+    done = compile_kernel(compiler, *shape, capability=capability)
+    print(done)
+    done.check(SHARED_LIMIT[capability])
     norm, T, D, *_ = shape
     if D % 16 == 0 and (norm != "instance" or T <= targets.MAX_TOKENS_IN_TILE):
-        reads = re.findall(r"ld\.global\.(?!b8)(\S+)", kernel.asm["ptx"])  # b8 is the padding
-        assert reads and set(reads) == {"v4.b32"}, "an input is read in less than 16 bytes per thread"
+        words = {"b8", "b16"}  # padding, ranks
+        assert set(done.loads) - words == {"v4.b32"}, "an input is read in less than 16 bytes per thread"
+        assert set(done.stores) == {"v4.b32"}
 
 
-def compile_kernel(norm: str, T: int, D: int, K: int, dtype: str, has_padding: bool, capability: int):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def compile_kernel(
+    compiler,  # noqa: F811
+    norm: str,
+    T: int,
+    D: int,
+    K: int,
+    dtype: str,
+    has_padding: bool,
+    has_ranks: bool,
+    capability: int,
+) -> Compiled:
     block_t, block_d, num_warps = targets.tile_shape(norm, T, D)
     is_long = norm == "instance" and T > targets.MAX_TOKENS_IN_TILE
     kernel = targets._long_instance_mean_kernel if is_long else targets._norm_mean_kernel
     constants = {
         "NUM_LAYERS": K,
-        "NUM_TILES": triton.cdiv(T, block_t),
+        "NUM_TILES": -(-T // block_t),
         "AXIS": {"instance": 0, "layer": 1, "none": None}[norm],
         "BLOCK_T": block_t,
         "BLOCK_D": block_d,
     }
-    types = {"layers": (f"*{dtype}",) * K, "padding": "*u8", "out": "*fp32", "statistics": "*fp32"}
-    types["eps"] = "fp32"
+    types = {"layers": (f"*{dtype}",) * K, "padding": "*u8", "ranks": "*i16", "out": "*fp32"}
+    types |= {"statistics": "*fp32", "eps": "fp32"}
     sizes = {"stride_b": (T + 1) * D, "stride_t": D, "T": T, "D": D}
     constants |= {name: size for name, size in sizes.items() if size == 1}
-    if not has_padding:
-        constants["padding"] = None
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = [(names.index("layers"), k) for k in range(K)] + [(names.index("out"),)]
-    aligned += [(names.index(name),) for name, size in sizes.items() if size % 16 == 0]
-    source = ASTSource(
-        kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items() if name in names},
-        {path: [["tt.divisibility", 16]] for path in aligned},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+    constants |= {} if has_padding else {"padding": None}
+    constants |= {} if has_ranks else {"ranks": None}
+    aligned = [("layers", k) for k in range(K)] + ["out"]
+    aligned += [name for name, size in sizes.items() if size % 16 == 0]
+    return compiler(kernel, types, constants, aligned, capability, num_warps=num_warps)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    json.dump({str(case): kernel_error(case, "cpu") for case in CASES}, sys.stdout)
+    prepare_interpreter()
+    errors = {str(case): kernel_error(case, "cpu") for case in CASES}
+    print_results({"errors": errors, "bytes": {name: bytes_of(case) for name, case in COUNTED.items()}})
