@@ -23,6 +23,7 @@ setup(
         "deepspeed==0.19.8",
         "webdataset>=1.0.2,<1.1",
         "sentencepiece>=0.2",
+        "tokenizers>=0.20",  # byte-level BPE of released text models
         "tensorboard>=2.15",
         "safetensors>=0.4.3",
         "soundfile>=0.12",

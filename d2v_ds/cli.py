@@ -19,6 +19,10 @@ def main(argv: list[str] | None = None) -> int:
         from shards.command import main as prepare_main
 
         return prepare_main(argv[1:])
+    if argv[:1] == ["tokenizer"]:
+        from shards.tokenizer import main as tokenizer_main
+
+        return tokenizer_main(argv[1:])
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -35,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("train", help="pre-train a model (d2v train --help)", add_help=False)
     commands.add_parser("prepare", help="data as shards (d2v prepare --help)", add_help=False)
+    commands.add_parser("tokenizer", help="train or import one (d2v tokenizer --help)", add_help=False)
 
     export = commands.add_parser("export", help="weights in a format of ours or of another library")
     export.add_argument(

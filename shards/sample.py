@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from shards.tokenizer import train_sentencepiece
 from shards.writer import Sample, group_by_bytes, write_bytes, write_tar
 
 # The split of the source digits does not depend on --seed: two sets never leak into one another.
@@ -277,29 +278,6 @@ def split_documents(documents: list[tuple[str, str]], seed: int) -> dict[str, li
     return {"train": shuffled[num_val:], "val": shuffled[:num_val]}
 
 
-def train_tokenizer(lines: Iterable[str]) -> bytes:
-    """A sentencepiece BPE model, byte fallback on, with fairseq's special ids <s> <pad> </s> <unk> = 0..3."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=VOCAB_SIZE,
-        byte_fallback=True,
-        bos_id=0,
-        pad_id=1,
-        eos_id=2,
-        unk_id=3,
-        normalization_rule_name="identity",  # the NFKC table alone would add 240 kB to the model
-        max_sentence_length=100_000,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
 # ---- shards ----
 
 
@@ -423,7 +401,7 @@ def write_text(out: str | Path, seed: int = 0) -> list[Path]:
         paths += write_shards(samples, f"{out}/text-{split}-%06d.tar", TEXT_SHARD_BYTES)
     lines = itertools.chain.from_iterable(prose.splitlines() for _, prose in splits["train"])
     phrases = [phrase.format(word) for phrase in ("{}", *PHRASES) for word in WORDS]
-    tokenizer = train_tokenizer([*lines, *phrases])
+    tokenizer = train_sentencepiece([*lines, *phrases], "bpe", VOCAB_SIZE, max_line=100_000)
     paths.append(Path(out) / "sentencepiece.model")
     write_bytes(paths[-1], lambda file: file.write(tokenizer))
     return paths

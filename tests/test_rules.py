@@ -35,7 +35,7 @@ HOMES = {
     "webdataset": ("d2v_ds/data/", "shards/"),
     "tarfile": ("d2v_ds/data/", "shards/"),
     "transformers": ("d2v_ds/convert/",),
-    "tokenizers": ("d2v_ds/convert/",),
+    "tokenizers": ("d2v_ds/convert/", "d2v_ds/modalities/text/", "shards/"),
     "onnxruntime": ("d2v_ds/convert/",),
 }
 SOURCES = sorted(

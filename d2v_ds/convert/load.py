@@ -255,6 +255,8 @@ def build_samples(name: str, config: Any, files: Path | None) -> Any:
     found = tokenizers(files) if files else []
     if found:
         config.data.tokenizer = str(found[0])
+    elif files and (files / "tokenizer.json").is_file() and not (files / "tokenizer_config.json").is_file():
+        config.data.tokenizer = str(files / "tokenizer.json")  # of a run or an export of ours
     elif files and ((files / "tokenizer.json").is_file() or (files / "vocab.json").is_file()):
         return samples_class(name)(config, files, ForeignTokenizer(files))
     elif not Path(config.data.tokenizer).is_file():

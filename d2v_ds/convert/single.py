@@ -12,7 +12,7 @@ from torch import Tensor
 from d2v_ds.convert.features import Encoder
 from d2v_ds.convert.load import choose_weights
 from d2v_ds.convert.stored import Stored
-from d2v_ds.modalities.text.samples import BOS, UNK
+from d2v_ds.modalities.text.tokenizer import BOS, UNK
 from d2v_ds.model.data2vec import TEACHER
 from d2v_ds.model.encoder import ModalityConfig
 from d2v_ds.model.heads import HEAD

@@ -11,7 +11,7 @@ from typing import Any
 
 from d2v_ds.convert.consolidate import tokenizers
 from d2v_ds.modalities.audio.samples import RATE
-from d2v_ds.modalities.text.samples import BOS, EOS, PAD, UNK, load_tokenizer
+from d2v_ds.modalities.text.tokenizer import BOS, EOS, MASK, PAD, UNK, load_tokenizer
 from d2v_ds.model.encoder import ModalityConfig
 
 BICUBIC = 3
@@ -85,7 +85,11 @@ def write_tokenizer(out: Path, files: Path | None, config: ModalityConfig) -> st
     """
     found = tokenizers(files) if files else []
     if not found:
-        return "" if files and copy_foreign(files, out) else NO_TOKENIZER
+        if not files or not copy_foreign(files, out):
+            return NO_TOKENIZER
+        if not (out / "tokenizer_config.json").is_file():  # a tokenizer.json of our own
+            write_tokenizer_config(out, config, {"mask_token": MASK})
+        return ""
     model = found[0].read_bytes()
     shutil.copyfile(found[0], out / found[0].name)
     pieces = load_tokenizer(model, config.vocabulary, found[0])
@@ -103,9 +107,15 @@ def write_tokenizer(out: Path, files: Path | None, config: ModalityConfig) -> st
                 f"use `{found[0].name}` with sentencepiece. "
             )
     tokenizer.save(str(out / "tokenizer.json"))
+    write_tokenizer_config(out, config)
+    return ""
+
+
+def write_tokenizer_config(out: Path, config: ModalityConfig, more: dict[str, str] | None = None) -> None:
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **SPECIAL,
+        **(more or {}),
         "cls_token": "<s>",
         "sep_token": "</s>",
         "padding_side": "right",
@@ -114,7 +124,6 @@ def write_tokenizer(out: Path, files: Path | None, config: ModalityConfig) -> st
         "clean_up_tokenization_spaces": False,
     }
     write_json(out / "tokenizer_config.json", settings)
-    return ""
 
 
 def copy_foreign(files: Path, out: Path) -> bool:

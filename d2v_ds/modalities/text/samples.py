@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import sentencepiece
 import torch
 
 from d2v_ds.data import Corpus, Draw, TextBlocks
 from d2v_ds.modalities.source import StreamConfig, draw_views, pad_stack
+from d2v_ds.modalities.text.tokenizer import BOS, EOS, PAD, load_tokenizer
 from d2v_ds.model.batch import Batch
-
-BOS, PAD, EOS, UNK = range(4)
 
 
 class TextData(StreamConfig):
@@ -23,7 +21,7 @@ class TextData(StreamConfig):
     mode: Literal["blocks", "samples"] = "blocks"
     """blocks: consecutive tokens of a shard, across documents; samples: one padded sequence a sample."""
     tokenizer: str = "sentencepiece.model"
-    """Path of the sentencepiece model, as it is or inside the data folder."""
+    """Path of the sentencepiece model or tokenizer.json, as it is or inside the data folder."""
 
 
 class TextSamples:
@@ -121,29 +119,5 @@ def find_tokenizer(name: str, folder: Path) -> Path:
             return path
     raise ValueError(
         f"tokenizer '{name}' is neither a file nor one in {folder}; "
-        "set modalities.text.data.tokenizer=PATH to a sentencepiece model"
+        "set modalities.text.data.tokenizer=PATH to a sentencepiece model or tokenizer.json; `d2v tokenizer` makes both"
     )
-
-
-def load_tokenizer(
-    model: bytes, vocabulary: int, path: Path, has_mask: bool = False
-) -> sentencepiece.SentencePieceProcessor:
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} is no sentencepiece model ({error}); train one with sentencepiece"
-        ) from error
-    special = (tokenizer.bos_id(), tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.unk_id())
-    if special != (BOS, PAD, EOS, UNK):
-        raise ValueError(
-            f"{path}: ids of <s>, <pad>, </s>, <unk> are {special}, must be {(BOS, PAD, EOS, UNK)}; "
-            "train it with bos_id=0 pad_id=1 eos_id=2 unk_id=3"
-        )
-    if tokenizer.get_piece_size() + has_mask > vocabulary:
-        raise ValueError(
-            f"{path} has {tokenizer.get_piece_size()} pieces{' and view=masked needs one id more' * has_mask}, more "
-            f"than modalities.text.vocabulary={vocabulary}; set that to at least the number of pieces"
-            f"{' + 1' * has_mask}"
-        )
-    return tokenizer
