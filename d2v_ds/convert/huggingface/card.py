@@ -152,8 +152,9 @@ def usage(stored: Stored, is_remote: bool) -> list[str]:
     if name == "audio" and not is_remote:
         lines.append(
             "In transformers' class, padding in a batch changes the features of padded samples (its positional "
-            "convolutions read it, as in fairseq), not a little: give sounds of one length, or one at a time. Its feature extractor normalises with eps 1e-7, d2v_ds and "
-            "fairseq with 1e-5: quiet recordings differ slightly."
+            "convolutions read it, as in fairseq), not a little: give sounds of one length, or one at a "
+            "time. Its feature extractor normalises with eps 1e-7, d2v_ds and fairseq with 1e-5: quiet recordings "
+            "differ slightly."
         )
     if name == "text":
         lines.append(
