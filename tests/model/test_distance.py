@@ -18,7 +18,9 @@ def loss_and_gradients(model: Data2Vec, batch, noise_NJD) -> list[torch.Tensor]:
     return [output.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("overrides", [("@.extra_tokens=1",), ("@.alibi.per_layer=true", "@.alibi.per_head=false")])
+@pytest.mark.parametrize(
+    "overrides", [("@.extra_tokens=1",), ("@.alibi.per_layer=true", "@.alibi.per_head=false")]
+)
 def test_distances_and_made_biases_train_alike(monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]):
     """Loss and every gradient, the learned scale's too, on padded views with layers of prenet and body."""
     model = shake(build_tiny("audio", "@.prenet_depth=1", *overrides))
