@@ -87,7 +87,8 @@ def write_tokenizer(out: Path, files: Path | None, config: ModalityConfig) -> st
     if not found:
         if not files or not copy_foreign(files, out):
             return NO_TOKENIZER
-        if not (out / "tokenizer_config.json").is_file():  # a tokenizer.json of our own
+        is_ours = (out / "tokenizer.json").is_file() and not (out / "tokenizer_config.json").is_file()
+        if is_ours:  # a tokenizer.json of a run or an export, which transformers needs settings for
             write_tokenizer_config(out, config, {"mask_token": MASK})
         return ""
     model = found[0].read_bytes()
