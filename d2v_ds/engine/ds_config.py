@@ -243,10 +243,13 @@ def resolve_config(
         )
     resolve_precision(config, precision, path)
     zero = config.setdefault("zero_optimization", {"stage": 0})
+    # NOTE: under autocast DeepSpeed rounds what it gathers in a forward pass to bf16, but not the parameters that it
+    # keeps after a step: a resumed run would differ. So it keeps none.
+    keeps_small = not config.get("torch_autocast", {}).get("enabled")
     autos = {
         "reduce_bucket_size": max(dim * dim, 1_000_000),
         "stage3_prefetch_bucket_size": int(0.9 * dim * dim),
-        "stage3_param_persistence_threshold": max(10 * dim, 100_000),
+        "stage3_param_persistence_threshold": max(10 * dim, 100_000) if keeps_small else 0,
         "overlap_comm": torch.cuda.is_available(),
     }
     for key, value in zero.items():

@@ -77,6 +77,7 @@ def test_autocast_keeps_weights_in_fp32(precision, path):
     config = resolve(path, preset("zero3_autocast"), precision)
     assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert not config["bf16"]["enabled"] and "auto" not in leaves(config)
+    assert config["zero_optimization"]["stage3_param_persistence_threshold"] == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -423,16 +423,10 @@ def test_every_preset_trains_on_two_ranks(name, precision, presets, run, folder)
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "precision"), CASES)
 def test_every_preset_resumes_to_the_bit(name, precision, presets, folder):
-    """On two ranks: metrics, weights, moments and the teacher.
-
-    NOTE under autocast to 0.1 %: DeepSpeed rounds gathers of the forward pass to bf16, not that after a step.
-    """
+    """On two ranks: metrics, weights, moments and the teacher."""
     result = presets[f"{name} {precision} resumed"]
     assert result["code"] == 0, result["err"]
     whole, resumed = (folder / "presets" / name / precision / part for part in ("whole", "resumed"))
-    if name == "zero3_autocast":
-        assert_same_losses(resumed, whole, relative=1e-3)
-        return
     assert without_timings(read_rows(resumed)) == without_timings(read_rows(whole))
     assert_same_checkpoint(resumed / LAST, whole / LAST)
 
