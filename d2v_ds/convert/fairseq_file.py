@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from d2v_ds.config import explain
-from d2v_ds.convert import beit, fairseq, fairseq_v1
+from d2v_ds.convert import beit, fairseq, fairseq_roberta, fairseq_v1, fairseq_vision
 from d2v_ds.convert.fairseq_defaults import complete, resolve
 from d2v_ds.convert.fairseq_training import our_training
 from d2v_ds.convert.fairseq_tuned import TUNED, TUNED_IN_PLACE, Tuned
@@ -36,6 +36,7 @@ from d2v_ds.recipe import EMA, Recipe
 
 __all__ = ["read_fairseq", "write_fairseq"]
 PRETRAINED = ("data2vec_multi", "data2vec_audio", "data2vec_text")
+READ = (*PRETRAINED, fairseq_vision.NAME, *TUNED, *fairseq_roberta.NAMES)
 
 
 def read_fairseq(path: str | Path) -> Stored:
@@ -76,18 +77,23 @@ def from_dict(checkpoint: Any) -> Stored:
     if beit.is_beit(state):
         return from_beit(checkpoint, state)
     model, name = model_section(root, state)
+    if name == fairseq_vision.NAME:
+        return from_vision(root, state, num_updates(checkpoint))
+    kept_in = ""
     if name in TUNED:
         tuned, root = TUNED[name], inner_settings(model, TUNED[name])
         model, name = model_section(root, state)
+    elif fairseq_roberta.is_tuned(name, state):
+        fairseq.refuse(model, pooler_activation_fn="tanh", encoder_layers_to_keep=None)
+        tuned, root = TUNED_IN_PLACE, fairseq_roberta.pretraining(model, name)
+        state, name, kept_in = fairseq_roberta.without_language_head(state), PRETRAINED[2], f" in {name}"
     elif name == "data2vec_text" and any(key.startswith("classification_heads.") for key in state):
         tuned = TUNED_IN_PLACE
     else:
         tuned = None
     if name not in PRETRAINED:
-        raise ValueError(
-            f"{what_else(name, state)}; fairseq's {', '.join((*PRETRAINED, *TUNED))} can be read"
-        )
-    return from_fairseq(name, root, state, tuned, num_updates(checkpoint))
+        raise ValueError(f"{what_else(name, state)}; fairseq's {', '.join(READ)} can be read")
+    return from_fairseq(name, root, state, tuned, num_updates(checkpoint), kept_in)
 
 
 def model_section(root: dict[str, Any], state: dict[str, Tensor]) -> tuple[dict[str, Any], str | None]:
@@ -111,6 +117,12 @@ def nameless(model: dict[str, Any], state: dict[str, Tensor]) -> str | None:
 
 
 def what_else(name: str | None, state: dict[str, Tensor]) -> str:
+    if name in fairseq_roberta.NAMES:
+        return (
+            f"holds a model {name!r} without a head of sentences: RoBERTa, and no data2vec fine-tuned in it"
+        )
+    if name == fairseq_vision.TUNED_NAME:
+        return f"holds a model {name!r}, whose head leaves out the first patch, which none of ours does"
     if name:
         return f"holds a model {name!r}, which is no data2vec, or not a task of it that we have"
     return (
@@ -178,23 +190,29 @@ def num_updates(checkpoint: dict[str, Any]) -> int | None:
     history = checkpoint.get("optimizer_history")
     last = history[-1] if isinstance(history, list) and history else None
     updates = last.get("num_updates") if isinstance(last, dict) else None
-    return updates if isinstance(updates, int) else None
+    return updates if type(updates) is int and 0 <= updates < 1 << 60 else None
 
 
 def from_fairseq(
-    name: str, root: dict[str, Any], state: dict[str, Tensor], tuned: Tuned | None, updates: int | None
+    name: str,
+    root: dict[str, Any],
+    state: dict[str, Tensor],
+    tuned: Tuned | None,
+    updates: int | None,
+    kept_in: str = "",
 ) -> Stored:
-    """`root`: the configuration of pre-training, also where fine-tuning followed (`tuned`)."""
+    """`root`: the configuration of pre-training, also where fine-tuning followed (`tuned`); `kept_in`: the model
+    that it is a part of, in words."""
     head, heads = None, {}
     if tuned is not None:
         state, heads = split_head(state, tuned)
-        head = HeadConfig(kind=tuned.kind, outputs=heads["head.proj.weight"].shape[0])
+        head = HeadConfig(kind=tuned.kind, outputs=heads["head.proj.weight"].shape[0], updates=updates)
     version = read_v2 if name == "data2vec_multi" else read_v1
     body, configs, tensors, unknown = version(name, root, state)
     training = our_training(root, complete(name, root["model"], list(configs)))
     recipe = Recipe(name=f"{name}_{'_'.join(configs)}", body=body, modalities=configs, **training)
     tensors = fit(recipe, tensors | heads, head, tuple(unknown), theirs=partial(names_in_file, recipe, tuned))
-    origin = f"fairseq {name}"
+    origin = f"fairseq {name}{kept_in}"
     if tuned is not None:
         origin += f", fine-tuned ({tuned.kind}{f', {updates} updates' if updates else ''})"
     if "audio" in configs and (root.get("task") or {}).get("normalize") is False:
@@ -328,6 +346,30 @@ def read_v1(name: str, root: dict[str, Any], state: dict[str, Tensor]) -> Read:
         configs,
         fairseq_v1.one_layer_head(fuse(parts, lambda ours: fairseq_v1.their_names(ours, modality))),
         unknown,
+    )
+
+
+def from_vision(root: dict[str, Any], state: dict[str, Tensor], updates: int | None) -> Stored:
+    """fairseq's port of v1 images, pre-trained."""
+    student, average = fairseq_vision.student_and_teacher(state)
+    if not beit.is_beit(student):
+        raise ValueError("has no cls_emb or patch_embed.conv.weight; is the file complete?")
+    body, configs, cfg = fairseq_vision.our_config(root["model"], student)
+    tensors, unknown = beit.our_weights(student)
+    if average:
+        teacher, more = beit.our_weights(average)
+        unknown += [fairseq_vision.AVERAGE + name for name in more]
+        tensors |= {TEACHER + name: tensor for name, tensor in teacher.items()}
+    recipe = Recipe(
+        name=f"{fairseq_vision.NAME}_image", body=body, modalities=configs, **our_training(root, cfg)
+    )
+    tensors = fit(recipe, tensors, unknown=tuple(unknown), theirs=fairseq_vision.their_names)
+    return Stored(
+        recipe,
+        tensors,
+        f"fairseq {fairseq_vision.NAME}",
+        step=updates,
+        weights="both" if average else "student",
     )
 
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v_ds.convert import beit, fairseq, fairseq_v1
+from d2v_ds.convert import beit, fairseq, fairseq_v1, fairseq_vision
 from d2v_ds.convert.fairseq_settings import (
     NAME_V1,
     refuse,
     refuse_eps,
     settings_v1,
     settings_v2,
+    target_settings,
     task_settings,
 )
 from d2v_ds.convert.fairseq_training import their_training
@@ -54,7 +55,9 @@ def to_dict(stored: Stored) -> dict[str, Any]:
     if views == {"visible"}:
         model, state = settings_v2(recipe, has_teacher=stored.weights == "both"), state_v2(stored)
     elif len(recipe.modalities) == 1 and "image" in recipe.modalities:
-        return beit_dict(stored)
+        if recipe.body.norm_eps != fairseq_vision.EPS or stored.head is not None:
+            return beit_dict(stored)
+        model, state = vision(stored)
     elif len(recipe.modalities) == 1:
         model, state = settings_v1(recipe), state_v1(stored)
     else:
@@ -72,12 +75,13 @@ def to_dict(stored: Stored) -> dict[str, Any]:
     if stored.head is not None:
         root, state = with_head(stored, root, state)
     history = {"criterion_name": "ModelCriterion", "optimizer_name": "FairseqAdam", "lr_scheduler_state": {}}
+    updates = stored.step if stored.head is None else stored.head.updates
     return {
         "args": None,
         "cfg": root,
         "model": state,
         "criterion": None,
-        "optimizer_history": [] if stored.step is None else [history | {"num_updates": stored.step}],
+        "optimizer_history": [] if updates is None else [history | {"num_updates": updates}],
         "task_state": {},
         "extra_state": {},
         "last_optimizer_state": None,
@@ -186,13 +190,28 @@ def head_settings(stored: Stored, tuned: Tuned) -> dict[str, Any]:
     return {"pooler_activation_fn": "tanh"} if tuned.kind == "sentence_classification" else {}
 
 
+def vision(stored: Stored) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and tensors of fairseq's port of v1 images, whose norms have another eps than BEiT's."""
+    body, image = stored.recipe.body, stored.recipe.modalities["image"]
+    refuse_unlike_beit(stored.recipe)
+    refuse(image.mask.kind != "rectangle", f"modalities.image.mask.kind={image.mask.kind} must be rectangle")
+    student, teacher, _ = split(stored)
+    settings = target_settings(stored.recipe) | fairseq_vision.their_settings(body, image)
+    return settings, fairseq_vision.their_state(student, teacher)
+
+
+def refuse_unlike_beit(recipe: Recipe) -> None:
+    image = recipe.modalities["image"]
+    refuse(
+        image.positions == "sincos" or image.extra_tokens != 1 or not recipe.body.norm_first,
+        "a BEiT-like model has norms first, one class token and relative positions",
+    )
+
+
 def beit_dict(stored: Stored) -> dict[str, Any]:
     body, config = stored.recipe.body, stored.recipe.modalities["image"]
     refuse_eps("body.norm_eps", body.norm_eps, 1e-6)
-    refuse(
-        config.positions == "sincos" or config.extra_tokens != 1 or not body.norm_first,
-        "a BEiT-like model has norms first, one class token and relative positions",
-    )
+    refuse_unlike_beit(stored.recipe)
     student, teacher, head = split(stored)
     checkpoint = {
         "model": beit.their_weights(student | {HEAD + name: tensor for name, tensor in head.items()})

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from d2v_ds.config import Config
@@ -24,6 +24,8 @@ class HeadConfig(Config):
     """Classes, or letters with the blank."""
     labels: tuple[str, ...] | None = None
     """What each output means, where it is known."""
+    updates: NonNegativeInt | None = None
+    """Of fine-tuning, where the file says so."""
 
 
 class ImageHead(nn.Module):

@@ -229,3 +229,50 @@ def beit(
         shapes |= {"mask_token": (1, 1, dim), "norm.weight": (dim,), "norm.bias": (dim,)}
         shapes |= {"lm_head.weight": (dim, dim), "lm_head.bias": (dim,)}
     return random_tensors(shapes, 9)
+
+
+def roberta(head: bool = True) -> dict[str, Any]:
+    """A checkpoint of v1 text fine-tuned on GLUE as fairseq's README says: the model is named `roberta` and has an
+    untrained head of masked language."""
+    checkpoint = text_v1(head=True)
+    shapes = {"weight": (61, 24), "bias": (61,), "dense.weight": (24, 24), "dense.bias": (24,)}
+    shapes |= {"layer_norm.weight": (24,), "layer_norm.bias": (24,)}
+    checkpoint["model"] |= random_tensors({f"encoder.lm_head.{k}": v for k, v in shapes.items()}, 8)
+    if not head:
+        checkpoint["model"] = {k: t for k, t in checkpoint["model"].items() if "classification" not in k}
+    sizes = {"layers": 3, "embed_dim": 24, "ffn_embed_dim": 48, "attention_heads": 4}
+    model = {"_name": "roberta", "dropout": 0.2, "max_positions": 512}
+    checkpoint["cfg"] = {
+        "model": model | {f"encoder_{key}": size for key, size in sizes.items()},
+        "task": {"_name": "sentence_prediction", "num_classes": 2},
+        "optimization": {"max_update": 5336, "lr": [1e-5]},
+    }
+    return checkpoint
+
+
+PORT = {"cls_token": "cls_emb", "mask_token": "mask_emb"}
+"""BEiT's names as fairseq's port of v1 images has them; others keep their ends."""
+
+
+def vision_port(is_whole: bool = False) -> dict[str, Any]:
+    """A checkpoint of fairseq's `data2vec_vision` with random weights; the teacher is the encoder or the whole."""
+
+    def named(name: str) -> str:
+        for ours, theirs in (("patch_embed.proj", "patch_embed.conv"), ("lm_head", "final_proj")):
+            name = name.replace(ours, theirs)
+        name = name.replace("mlp.fc1", "mlp.0").replace("mlp.fc2", "mlp.2")
+        inside = name.startswith(("blocks.", "rel_pos_bias.", "norm."))
+        return PORT.get(name, f"encoder.{name}" if inside else name)
+
+    student = {named(name): tensor for name, tensor in beit().items()}
+    average = {name: tensor + 1 for name, tensor in student.items()}
+    if not is_whole:
+        average = {k.removeprefix("encoder."): t for k, t in average.items() if k.startswith("encoder.")}
+    settings = {"_name": "data2vec_vision", "image_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3}
+    settings |= {"num_heads": 4, "num_mask_patches": 8, "average_top_k_layers": 2, "loss_beta": 2.0}
+    settings |= {"layer_norm_targets": True, "ema_end_decay": 0.9998, "ema_transformer_only": not is_whole}
+    return {
+        "cfg": {"model": settings, "optimization": {"max_update": 375_300, "lr": [0.0005]}},
+        "model": student | {"_ema": average},
+        "optimizer_history": [{"num_updates": 12}],
+    }

@@ -12,7 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import CASES, GOLDEN, TUNED, beit, flat, nested, pretrained, recorded, text_v1, tuned
+from checkpoints import (
+    CASES,
+    GOLDEN,
+    TUNED,
+    beit,
+    flat,
+    nested,
+    pretrained,
+    recorded,
+    roberta,
+    text_v1,
+    tuned,
+    vision_port,
+)
 from torch import Tensor
 
 import d2v_ds
@@ -381,6 +394,101 @@ def test_a_v1_text_model_fine_tuned_on_sentences_is_read() -> None:
     assert stored.weights == "student" and "head.dense.weight" in stored.tensors
 
 
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_a_v1_text_model_fine_tuned_inside_roberta_is_read(is_flat: bool, tmp_path: Path) -> None:
+    """As fairseq's README fine-tunes it on GLUE: the tensors are those of `data2vec_text` with a head, the head of
+    masked language, which nothing trained, is left out; settings of a command line may lie flat in `args`."""
+    checkpoint = roberta()
+    if is_flat:
+        model = checkpoint.pop("cfg")["model"]
+        checkpoint["args"] = argparse.Namespace(arch=model.pop("_name"), **model)
+    stored = read_fairseq(save(checkpoint, tmp_path))
+    expected = from_dict(text_v1(head=True))
+    assert same(stored, expected) and stored.head == expected.head
+    assert "data2vec_text in roberta, fine-tuned (sentence_classification, 99 updates)" in stored.origin
+    body, config = stored.recipe.body, stored.recipe.modalities["text"]
+    assert (body.heads, body.encoder_dropout, body.post_mlp_dropout) == (4, 0.2, 0.2)
+    assert (config.target.top_k, config.target.per_layer, config.loss.beta) == (3, "layer", 4.0)
+    assert (config.mask.ratio, config.mask.length, config.max_tokens) == (0.35, 4, 32)
+    assert stored.recipe.ema.anneal_steps == 300_000  # of pre-training, not 5336 of fine-tuning
+
+
+def test_sizes_that_a_roberta_does_not_say_are_its_architectures() -> None:
+    """fairseq's command line sets dropouts alone; others than its tensors' are an error."""
+    from d2v_ds.convert.fairseq_roberta import pretraining
+
+    base = pretraining({"dropout": 0.1}, "roberta")["model"]["transformer"]["encoder"]
+    large = pretraining({}, "roberta_large")["model"]["transformer"]["encoder"]
+    assert [base[k] for k in ("layers", "embed_dim", "attention_heads")] == [12, 768, 12]
+    assert [large[k] for k in ("layers", "ffn_embed_dim", "attention_heads")] == [24, 4096, 16]
+    checkpoint = roberta()
+    del checkpoint["cfg"]["model"]["encoder_layers"]
+    with pytest.raises(ValueError, match="missing: encoder.sentence_encoder.layers.3.self_attn"):
+        from_dict(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"pooler_activation_fn": "relu"}, "pooler_activation_fn='relu' is not supported"),
+        ({"encoder_layers_to_keep": "0,2"}, "encoder_layers_to_keep='0,2' is not supported"),
+        ({"encoder_normalize_before": True}, "normalize_before=True is not supported"),
+        ({"_name": "roberta_prenorm"}, "holds a model 'roberta_prenorm', which is no data2vec"),
+        ({"encoder_layers": "3"}, "layers='3' must be a whole number"),
+    ],
+)
+def test_a_roberta_that_is_no_data2vec_is_refused(change: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        from_dict(changed(roberta(), **change))
+    with pytest.raises(ValueError, match="'roberta' without a head of sentences: RoBERTa, and no data2vec"):
+        from_dict(roberta(head=False))
+
+
+# ---- fairseq's port of v1 images ----
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_fairseqs_port_of_v1_images_has_beits_tensors_and_settings_of_its_own(is_whole: bool) -> None:
+    """eps 1e-5, targets and masks of the file; a teacher that is the encoder alone has the student's patches."""
+    stored = from_dict(vision_port(is_whole))
+    expected = from_dict({"model": beit(), "model_ema": {k: t + 1 for k, t in beit().items()}})
+    live = ("teacher.encoders.image.local.", "teacher.encoders.image.context.extra_tokens")
+    assert stored.tensors.keys() == expected.tensors.keys()
+    for name, tensor in stored.tensors.items():
+        is_live = name.startswith(live) and not is_whole
+        assert torch.equal(tensor, expected.tensors[name.removeprefix(TEACHER) if is_live else name]), name
+    body, image = stored.recipe.body, stored.recipe.modalities["image"]
+    assert (body.norm_eps, body.heads, body.drop_path) == (1e-5, 4, (0.0, 0.1))
+    assert (image.target.top_k, image.target.per_layer, image.target.final) == (2, "none", ("layer",))
+    assert (image.target.source, image.loss.beta, image.mask.ratio) == ("block", 2.0, 0.5)
+    assert (stored.recipe.ema.end, stored.recipe.ema.anneal_steps) == (0.9998, 375_300)
+    assert (stored.origin, stored.step, stored.weights) == ("fairseq data2vec_vision", 12, "both")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_heads": 3}, "model.num_heads=3, but the tensors are of 4"),
+        ({"image_size": 224}, "model.image_size=224, but the tensors are of 32"),
+        ({"_name": "data2vec_image_classification"}, "whose head leaves out the first patch"),
+    ],
+)
+def test_a_port_whose_settings_and_tensors_differ_is_refused(change: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        from_dict(changed(vision_port(), **change))
+
+
+def test_what_a_port_lacks_is_named_as_in_the_file() -> None:
+    checkpoint = vision_port()
+    for name in ("encoder.blocks.1.mlp.2.bias", "mask_emb"):
+        del checkpoint["model"][name]
+    del checkpoint["model"]["_ema"]["blocks.0.norm1.bias"]
+    with pytest.raises(
+        ValueError, match="3 missing: .*mask_emb.*encoder.blocks.1.mlp.2.bias.*_ema.encoder.blocks.0"
+    ):
+        from_dict(checkpoint)
+
+
 # ---- BEiT-like files ----
 
 
@@ -478,7 +586,8 @@ def test_a_beit_like_file_whose_sizes_cannot_be_told_is_refused(change: dict, re
         ({"mlp_ratio": 2.0}, r"of another shape: blocks.0.mlp.fc1.weight \(128, 32\) instead of \(64, 32\)"),
         ({"depth": "many"}, "depth"),
         ({"_name": "wav2vec2"}, "holds a model 'wav2vec2', which is no data2vec"),
-        ({"_name": "roberta_base"}, "holds a model 'roberta_base', which is no data2vec"),
+        ({"_name": "roberta_base"}, "holds a model 'roberta_base' without a head of sentences"),
+        ({"_name": "wav2vec2"}, "holds a model 'wav2vec2', which is no data2vec"),
     ],
 )
 def test_a_configuration_that_we_do_not_have_is_refused_with_the_setting(change: dict, reason: str) -> None:

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import CASES, TUNED, beit, flat, pretrained, recorded, text_v1, tuned
+from checkpoints import (
+    CASES,
+    TUNED,
+    beit,
+    flat,
+    pretrained,
+    recorded,
+    roberta,
+    text_v1,
+    tuned,
+    vision_port,
+)
 
 import d2v_ds
 from d2v_ds.cli import main
@@ -25,12 +36,16 @@ from d2v_ds.model.data2vec import TEACHER
 from d2v_ds.model.layers import Body
 from d2v_ds.recipe import Recipe, load_recipe, recipes
 
+UPDATES = {"text_v1_tuned": 99, "roberta": 99, "beit_tuned": None}
 FILES: dict[str, Callable[[], dict[str, Any]]] = {
     **{case: lambda case=case: pretrained(case) for case in CASES},
     **{f"{case}_tuned": lambda case=case: tuned(case) for case in TUNED},
     "text_v1": text_v1,
     "text_v1_one_layer": lambda: text_v1(head_layers=1),
     "text_v1_tuned": lambda: text_v1(head=True),
+    "roberta": roberta,
+    "vision_port": vision_port,
+    "vision_port_whole": lambda: vision_port(is_whole=True),
     "beit": lambda: {"model": beit(), "model_ema": {k: t + 1 for k, t in beit().items()}},
     "beit_tuned": lambda: {"module": beit(is_tuned=True, per_block=True)},
 }
@@ -47,6 +62,8 @@ def test_what_is_written_comes_back_bit_by_bit(name: str, tmp_path: Path) -> Non
     assert all(torch.equal(tensor, again.tensors[key]) for key, tensor in stored.tensors.items())
     assert again.recipe == stored.recipe
     assert (again.head, again.weights, again.step) == (stored.head, stored.weights, stored.step)
+    if "tuned" in name or name == "roberta":
+        assert stored.head.updates == UPDATES.get(name, 80)
 
 
 @pytest.mark.parametrize("case", CASES)
