@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 @contextmanager
@@ -21,7 +22,10 @@ def one_reduction(engine: Any) -> Iterator[None]:
         with engine.no_sync():
             yield
         fill_absent(engine)
-        engine.allreduce_gradients()
+        if (
+            dist.get_world_size() > 1
+        ):  # alone there is nothing to add, and each gradient would be copied twice
+            engine.allreduce_gradients()
     else:
         with engine.coalesce_grad_reduction():
             yield
