@@ -12,9 +12,10 @@ from d2v_ds import __version__
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train"]:  # its own parser: DeepSpeed's spellings and key=value overrides
+        from d2v_ds.engine.launch import end_process
         from d2v_ds.training.run import main as train_main
 
-        return train_main(argv[1:], prog="d2v train")
+        end_process(train_main(argv[1:], prog="d2v train"))
     if argv[:1] == ["prepare"]:  # a command line for each data set
         from shards.command import main as prepare_main
 

@@ -13,6 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from d2v_ds.engine.launch import end_process
 from d2v_ds.training.run import main
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -45,3 +46,4 @@ if __name__ == "__main__":
         results[command["name"]] = run_one(command["argv"], command["env"])
     if is_first:
         Path(sys.argv[2]).write_text(json.dumps(results), encoding="utf-8")
+    end_process(0)
