@@ -63,7 +63,7 @@ def our_config(state: dict[str, Tensor]) -> tuple[Body, dict[str, ModalityConfig
     Raises ValueError, with what is missing or odd, if a size cannot be told from the tensors.
     """
     patch, dim = state["patch_embed.proj.weight"], state["cls_token"].shape[-1]
-    depth = 1 + max((int(i) for i in re.findall(r"\bblocks\.(\d+)\.", " ".join(state))), default=-1)
+    depth = depth_of(state)
     if "pos_embed" in state:
         raise ValueError(
             "pos_embed: a model with absolute positions is no data2vec v1 model, which has relative ones"
@@ -119,6 +119,15 @@ def our_config(state: dict[str, Tensor]) -> tuple[Body, dict[str, ModalityConfig
     return body, {"image": config}
 
 
+def depth_of(state: dict[str, Tensor]) -> int:
+    """Blocks, numbered without a gap."""
+    found = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    depth = next(i for i in range(len(found) + 1) if str(i) not in found)
+    if depth < len(found):
+        raise ValueError(f"has {len(found)} blocks, and none of number {depth}; is the file complete?")
+    return depth
+
+
 def table_names(state: dict[str, Tensor], depth: int) -> list[str]:
     return [SHARED_TABLE] if SHARED_TABLE in state else [BLOCK_TABLE.format(i) for i in range(depth)]
 
@@ -128,7 +137,7 @@ def our_weights(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]
 
     Raises ValueError if relative positions that the file holds are others than ours.
     """
-    depth = 1 + max((int(i) for i in re.findall(r"\bblocks\.(\d+)\.", " ".join(state))), default=-1)
+    depth = depth_of(state)
     tables = table_names(state, depth)
     weights, unknown = {}, []
     for name, tensor in state.items():

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from d2v_ds.convert.names import Names
+from d2v_ds.convert.standin import shown
 from d2v_ds.modalities import config_class
 from d2v_ds.model.decoder import DecoderConfig
 from d2v_ds.model.encoder import Alibi, ModalityConfig
@@ -16,6 +17,7 @@ from d2v_ds.model.loss import Loss
 from d2v_ds.model.masking import Mask
 from d2v_ds.model.targets import Target
 
+MAX_SPEC = 1000
 # one set of pairs a modality; MOD stands for its name in upper case, mod for ours
 SHARED = [
     ("modality_encoders.MOD.extra_tokens", "encoders.mod.context.extra_tokens"),
@@ -93,7 +95,8 @@ def their_names(name: str, is_encoder_only: bool = False) -> list[str]:
 
 def our_tensor(name: str, tensor: Tensor) -> Tensor:
     """The tensor in our shape: ALiBi scales are (layers, heads) instead of (layers, 1, heads, 1, 1)."""
-    return tensor.reshape(-1, tensor.shape[-3]) if name.endswith("alibi_scale") else tensor
+    is_scale = name.endswith("alibi_scale") and tensor.ndim > 2 and tensor.numel() > 0
+    return tensor.reshape(-1, tensor.shape[-3]) if is_scale else tensor
 
 
 def our_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,7 +142,7 @@ def refuse(cfg: dict[str, Any], **only: Any) -> None:
     for key, value in only.items():
         if key in cfg and cfg[key] != value:
             raise ValueError(
-                f"fairseq setting {key}={cfg[key]!r} is not supported: no released data2vec model has another "
+                f"fairseq setting {key}={shown(cfg[key])} is not supported: no released data2vec model has another "
                 f"value than {value!r}"
             )
 
@@ -255,6 +258,8 @@ def audio_keys(modality: dict[str, Any]) -> dict[str, Any]:
 def parse_conv_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
     """Reads '[(512, 10, 5)] + [(512, 3, 2)] * 4 + ...' without evaluating it."""
     layers: list[tuple[int, int, int]] = []
+    if len(spec) > MAX_SPEC:
+        raise ValueError(f"feature_encoder_spec of {len(spec)} characters, must have at most {MAX_SPEC}")
     if re.search(r"\*\s*\d{4}", spec):
         raise ValueError(f"feature_encoder_spec '{spec}' has more layers than any model")
     for group, repeats in re.findall(r"\[(.*?)\]\s*(?:\*\s*(\d+))?", spec):

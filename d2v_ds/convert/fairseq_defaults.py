@@ -7,8 +7,13 @@ at commit 3d262bb2.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
+from d2v_ds.convert.standin import MAX_REFERENCE, shown
+
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+MAX_NUMBER = 1 << 53
 DECODER = {
     "decoder_dim": 384,
     "decoder_groups": 16,
@@ -240,7 +245,7 @@ def complete(name: str, cfg: dict[str, Any], modalities: list[str]) -> dict[str,
 def section(cfg: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     value = cfg.get(key)
     if value is not None and not isinstance(value, dict):
-        raise ValueError(f"fairseq setting {where}.{key}={value!r} must be a group of settings")
+        raise ValueError(f"fairseq setting {where}.{key}={shown(value)} must be a group of settings")
     return value or {}
 
 
@@ -258,7 +263,7 @@ def of_kind(value: Any, default: Any, where: str) -> Any:
     key = where.rsplit(".", 1)[1]
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(default, bool):
-        kind, fits = "true or false", isinstance(value, bool) or value in (0, 1)
+        kind, fits = "true or false", isinstance(value, bool) or (is_number and value in (0, 1))
     elif isinstance(default, str):
         kind, fits = (
             "a text",
@@ -272,31 +277,59 @@ def of_kind(value: Any, default: Any, where: str) -> Any:
     else:
         least = 1 if key in POSITIVE and isinstance(default, int) else 0
         kind = f"a {'whole ' * isinstance(default, int)}number of at least {least}"
-        fits = is_number and least <= value < float("inf")
+        fits = is_number and least <= value < MAX_NUMBER
         fits = fits and not (key in POSITIVE and value == 0)
         fits = fits and (isinstance(default, float) or value == int(value))
     if not fits:
-        raise ValueError(f"fairseq setting {where}={value!r} must be {kind}")
+        raise ValueError(f"fairseq setting {where}={shown(value)} must be {kind}")
     return type(default)(value) if isinstance(default, (bool, int, float)) else value
 
 
 def resolve(value: Any, root: dict[str, Any]) -> Any:
     """The settings with references such as ${optimization.max_update} replaced by what they name in `root`;
     None for one that leads nowhere."""
-    return follow(value, root, ())
+    try:
+        return Resolver(root).of(value)
+    except RecursionError as error:
+        raise ValueError("its settings refer to each other more often than any configuration") from error
 
 
-def follow(value: Any, root: dict[str, Any], seen: tuple[str, ...]) -> Any:
-    if isinstance(value, dict):
-        return {key: follow(item, root, seen) for key, item in value.items()}
-    if isinstance(value, list):
-        return [follow(item, root, seen) for item in value]
-    match = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
-    if not match:
-        return value
-    path, found = match[1], root
-    for key in path.split("."):
-        if not isinstance(found, dict) or key not in found or path in seen:
+class Resolver:
+    """One call of `resolve`: what was done already is not done twice, so a file that refers to the same parts again
+    and again takes no longer."""
+
+    def __init__(self, root: dict[str, Any]):
+        self.root = root
+        self.done: dict[Any, Any] = {}
+        self.open: set[Any] = set()
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, str):
+            match = REFERENCE.fullmatch(value) if len(value) <= MAX_REFERENCE else None
+            return self.once(match[1], self.find, match[1]) if match else value
+        if isinstance(value, (dict, list, tuple)):
+            return self.once(id(value), self.inside, value)
+        return value if value is None or isinstance(value, (bool, int, float)) else shown(value)
+
+    def once(self, key: Any, make: Callable[[Any], Any], value: Any) -> Any:
+        """None for what leads back to itself."""
+        if key in self.open:
             return None
-        found = found[key]
-    return follow(found, root, (*seen, path))
+        if key not in self.done:
+            self.open.add(key)
+            self.done[key] = make(value)
+            self.open.remove(key)
+        return self.done[key]
+
+    def inside(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self.of(item) for key, item in value.items()}
+        return type(value)([self.of(item) for item in value])
+
+    def find(self, path: str) -> Any:
+        found = self.root
+        for key in path.split("."):
+            if not isinstance(found, dict) or key not in found:
+                return None
+            found = found[key]
+        return self.of(found)

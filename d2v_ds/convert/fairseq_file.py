@@ -23,6 +23,7 @@ from d2v_ds.convert.fairseq_tuned import TUNED, TUNED_IN_PLACE, Tuned
 from d2v_ds.convert.fairseq_write import is_encoder_only, write_fairseq
 from d2v_ds.convert.fit import check_sizes, fit, listed
 from d2v_ds.convert.names import Place, fuse
+from d2v_ds.convert.standin import shown
 from d2v_ds.convert.stored import Stored
 from d2v_ds.convert.unpickle import plain, read_torch_file
 from d2v_ds.modalities import MODALITIES
@@ -35,6 +36,7 @@ from d2v_ds.model.layers import Body
 from d2v_ds.recipe import EMA, Recipe
 
 __all__ = ["read_fairseq", "write_fairseq"]
+MAX_TENSORS = 20_000
 PRETRAINED = ("data2vec_multi", "data2vec_audio", "data2vec_text")
 READ = (*PRETRAINED, fairseq_vision.NAME, *TUNED, *fairseq_roberta.NAMES)
 
@@ -101,7 +103,7 @@ def model_section(root: dict[str, Any], state: dict[str, Tensor]) -> tuple[dict[
     model = root.get("model")
     model = model if isinstance(model, dict) else {}
     name = model.get("_name") or model.get("arch") or nameless(model, state)
-    return model, name if isinstance(name, str) else str(name) if name else None
+    return model, name if isinstance(name, str) else shown(name) if name else None
 
 
 def nameless(model: dict[str, Any], state: dict[str, Tensor]) -> str | None:
@@ -124,7 +126,7 @@ def what_else(name: str | None, state: dict[str, Tensor]) -> str:
     if name == fairseq_vision.TUNED_NAME:
         return f"holds a model {name!r}, whose head leaves out the first patch, which none of ours does"
     if name:
-        return f"holds a model {name!r}, which is no data2vec, or not a task of it that we have"
+        return f"holds a model {shown(name)}, which is no data2vec, or not a task of it that we have"
     return (
         "holds no configuration (`cfg`, or `args` with `arch`), so sizes cannot be known, and is no BEiT-like "
         f"model of images; its tensors begin with {listed(list(state)[:3])}"
@@ -133,8 +135,8 @@ def what_else(name: str | None, state: dict[str, Tensor]) -> str:
 
 def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The file's configuration, without references."""
-    settings = checkpoint.get("cfg") or checkpoint.get("args")
-    return in_parts(settings) if isinstance(settings, dict) else {}
+    found = (checkpoint.get(key) for key in ("cfg", "args"))
+    return in_parts(next((settings for settings in found if isinstance(settings, dict) and settings), {}))
 
 
 def in_parts(settings: dict[str, Any]) -> dict[str, Any]:
@@ -177,6 +179,8 @@ def flat_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     flat: dict[str, Any] = {}
     for name, value in state.items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    if len(flat) > MAX_TENSORS:
+        raise ValueError(f"holds a model of {len(flat)} tensors, more than any has ({MAX_TENSORS})")
     flat = {name: value for name, value in flat.items() if value is not None}
     others = [str(name) for name, value in flat.items() if not isinstance(value, Tensor)]
     if others:
@@ -404,4 +408,5 @@ def from_beit(checkpoint: dict[str, Any], state: dict[str, Tensor]) -> Stored:
 def uses_imagenet_colours(checkpoint: dict[str, Any]) -> bool:
     """Pixels were normalised by ImageNet's mean: pre-training was told to, fine-tuning was not unless it says so."""
     arguments = checkpoint.get("args")
-    return isinstance(arguments, dict) and bool(arguments.get("imagenet_default_mean_and_std"))
+    said = arguments.get("imagenet_default_mean_and_std") if isinstance(arguments, dict) else None
+    return isinstance(said, (bool, int)) and bool(said)

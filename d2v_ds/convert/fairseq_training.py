@@ -7,6 +7,8 @@ from typing import Any
 
 from d2v_ds.recipe import EMA, Optim, Recipe, Train
 
+MAX_TEXT = 200
+
 
 def our_training(root: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """`ema`, `optim` and `train` of a recipe; what the file does not say keeps our defaults."""
@@ -59,7 +61,7 @@ def number(*values: Any) -> Any:
 
 def numbers(value: Any) -> tuple[float, ...]:
     """Those of a list, or of its text such as "(0.9, 0.98)"."""
-    if isinstance(value, str):
+    if isinstance(value, str) and len(value) <= MAX_TEXT:
         return tuple(float(n) for n in re.findall(r"\d+\.?\d*(?:e-?\d+)?", value))
     values = value if isinstance(value, (list, tuple)) else ()
     return tuple(float(n) for n in values if number(n) is not None)

@@ -117,4 +117,4 @@ def owned(name: str, tensor: Tensor) -> Tensor:
 
 def listed(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return ", ".join(name if len(name) <= 200 else f"{name[:200]}..." for name in names[:SHOWN]) + more

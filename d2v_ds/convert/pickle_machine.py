@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from d2v_ds.convert.pickle_names import call, check_key, find, numpy_array, refusal
+from d2v_ds.convert.pickle_names import call, check_keys, check_tuples, find, num_tuples, numpy_array, refusal
 from d2v_ds.convert.standin import MAX_DEPTH, Name, StandIn
 
-MAX_OPCODES = 5_000_000
-"""About 1 GB of objects and 10 s; the state of 300 tensors with their optimizer has 20,000."""
+MAX_OPCODES = 2_000_000
+"""About 400 MB of objects and 4 s; the state of 300 tensors with their optimizer has 20,000."""
 MAX_COPIED = 1 << 28
 """Bytes, or sixteenths of items: what calls may be given in all, since they may copy one value again and again."""
 VALUES = """
@@ -42,6 +42,7 @@ class Machine:
         self.memo: dict[int, Any] = {}
         self.memoed: dict[int, list[int]] = {}
         self.copied = 0
+        self.tuple_keys = 0
 
     def run(self, file: Any) -> Any:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
@@ -112,7 +113,7 @@ class Machine:
     def add(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is set:
-            target.update(check_key(item) for item in items)
+            target.update(self.keys(items))
         elif isinstance(target, StandIn):
             target.items.extend(items)
         else:
@@ -121,11 +122,25 @@ class Machine:
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is dict:
-            target.update(pairs(items))
+            target.update(self.pairs(items))
         elif isinstance(target, StandIn):
-            target.entries.update(pairs(items))
+            target.entries.update(self.pairs(items))
         else:
             raise ValueError(f"it sets an item of a {type(target).__name__}")
+
+    def pairs(self, items: list[Any]) -> dict[Any, Any]:
+        if len(items) % 2:
+            raise ValueError("it sets items of a dict with a key and no value")
+        return dict(zip(self.keys(items[::2]), items[1::2], strict=True))
+
+    def keys(self, keys: list[Any]) -> list[Any]:
+        """Those of a dict or set, if they hash at once and few are tuples, in all of the pickle."""
+        self.count_tuples(keys)
+        return check_keys(keys)
+
+    def count_tuples(self, keys: Any) -> None:
+        self.tuple_keys += num_tuples(keys)
+        check_tuples(self.tuple_keys)
 
     # ---- names and objects
 
@@ -141,16 +156,23 @@ class Machine:
 
     def reduce(self, _: Any) -> None:
         args, function = self.pop(), self.pop()
-        self.count_copied(args)
-        self.push(call(function, args))
+        self.push(self.call(function, args))
 
     def new_object(self, _: Any) -> None:
         args, kind = self.pop(), self.pop()
-        self.count_copied(args)
-        self.push(call(kind, args, is_new=True))
+        self.push(self.call(kind, args, is_new=True))
 
-    def count_copied(self, args: Any) -> None:
-        for value in args if isinstance(args, tuple) else ():
+    def call(
+        self, function: Any, args: Any, kwargs: dict[str, Any] | None = None, is_new: bool = False
+    ) -> Any:
+        self.count_copied(args, kwargs)
+        made = call(function, args, kwargs, is_new)
+        if type(made) in (dict, set, frozenset):
+            self.count_tuples(made)
+        return made
+
+    def count_copied(self, args: Any, kwargs: dict[str, Any] | None = None) -> None:
+        for value in [*args, args, kwargs] if isinstance(args, tuple) else ():
             if isinstance(value, (str, bytes, bytearray)):
                 self.copied += len(value)
             elif isinstance(value, (list, tuple, dict, set, frozenset)):
@@ -160,20 +182,18 @@ class Machine:
 
     def new_object_by_keywords(self, _: Any) -> None:
         kwargs, args, kind = self.pop(), self.pop(), self.pop()
-        self.count_copied(args)
+        self.count_copied((kwargs,))
         if type(kwargs) is not dict or not all(isinstance(key, str) for key in kwargs):
-            raise ValueError(f"it makes a {kind} with arguments that have no names")
-        self.push(call(kind, args, kwargs, is_new=True))
+            raise ValueError("it makes an object with arguments that have no names")
+        self.push(self.call(kind, args, kwargs, is_new=True))
 
     def instance(self, text: Any) -> None:
         args = tuple(self.pop_marked())
-        self.count_copied(args)
-        self.push(call(self.name(text), args, is_new=True))
+        self.push(self.call(self.name(text), args, is_new=True))
 
     def object_of_mark(self, _: Any) -> None:
         kind, *args = self.pop_marked()
-        self.count_copied(tuple(args))
-        self.push(call(kind, tuple(args), is_new=True))
+        self.push(self.call(kind, tuple(args), is_new=True))
 
     def build(self, _: Any) -> None:
         """Gives an object its state. Ours are all inert: a stand-in keeps it, a dict (once an OrderedDict with
@@ -194,12 +214,6 @@ class Machine:
         if not isinstance(given, tuple) or not given or given[0] != "storage":
             raise refusal("wants something kept outside the pickle that is no storage of a tensor")
         self.push(self.load_storage(given))
-
-
-def pairs(items: list[Any]) -> dict[Any, Any]:
-    if len(items) % 2:
-        raise ValueError("it sets items of a dict with a key and no value")
-    return {check_key(items[i]): items[i + 1] for i in range(0, len(items), 2)}
 
 
 def check_depth(value: Any) -> None:
@@ -236,8 +250,8 @@ STEPS: dict[str, Callable[[Machine, Any], None]] = {
     "LONG_BINGET": lambda m, arg: m.push(m.memo[arg]),
     "LIST": lambda m, arg: m.push(m.pop_marked()),
     "TUPLE": lambda m, arg: m.push(tuple(m.pop_marked())),
-    "DICT": lambda m, arg: m.push(pairs(m.pop_marked())),
-    "FROZENSET": lambda m, arg: m.push(frozenset(check_key(i) for i in m.pop_marked())),
+    "DICT": lambda m, arg: m.push(m.pairs(m.pop_marked())),
+    "FROZENSET": lambda m, arg: m.push(frozenset(m.keys(m.pop_marked()))),
     "TUPLE1": lambda m, arg: m.push((m.pop(),)),
     "TUPLE2": lambda m, arg: m.push((m.pop(), m.pop())[::-1]),
     "TUPLE3": lambda m, arg: m.push((m.pop(), m.pop(), m.pop())[::-1]),

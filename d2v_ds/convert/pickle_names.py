@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # what protocols 0 to 2 write for Python 2's sake
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
 
@@ -22,18 +22,22 @@ from torch import Tensor
 
 from d2v_ds.convert.standin import Name, StandIn
 
-MAX_KEY_PARTS = 1000
+MAX_KEY_PARTS = 30
+MAX_TUPLE_KEYS = 2000
+"""Keys of dicts and sets that are tuples: their hashes can be made equal, and then each is compared with all."""
+MAX_NAME = 500
 NUMBERS = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"}
 RENAMED = {
     "_operator": "operator",
+    "_functools": "functools",
     "numpy._core.multiarray": "numpy.core.multiarray",
     "numpy._core.numeric": "numpy.core.numeric",
 }
 """One module under several names: in C, in numpy 2."""
 ALIASES = {"posix": "os", "nt": "os"}
 BUILTINS = "object type int float complex bool str bytes bytearray list tuple dict set frozenset slice range"
-PLAIN_TYPES = {f"builtins.{name}" for name in BUILTINS.split()} | {"torch.Tensor"}
-"""Named (as the type of a setting), built only as `BUILDERS` says."""
+PLAIN_TYPES = {f"builtins.{name}" for name in BUILTINS.split()} | {"torch.Tensor", "operator.or_"}
+"""Named (as the type of a setting; `or_` joins two of them), built only as `BUILDERS` says."""
 DATA_MODULES = {"typing", "datetime", "decimal", "fractions", "uuid", "pathlib", "pathlib._local"}
 DATA_TYPES = {
     "argparse.Namespace",
@@ -82,6 +86,8 @@ def find(module: str, name: str) -> Any:
 
     Raises ValueError, with the name, for one that no checkpoint needs.
     """
+    if len(module) + len(name) > MAX_NAME:
+        raise ValueError(f"it names a class by a text of more than {MAX_NAME} characters")
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     module = RENAMED.get(module, module)
     found = Name(module, name)
@@ -130,6 +136,22 @@ def call(function: Any, args: Any, kwargs: dict[str, Any] | None = None, is_new:
     if not (is_class or is_new or str(function) in DATA_TYPES or function.module == "datetime"):
         raise refusal(f"calls the function '{function}'")
     return StandIn(function.module, function.name, args, dict(kwargs or {}))
+
+
+def check_keys(keys: Iterable[Any]) -> list[Any]:
+    """Keys of a dict or set, of which few may be tuples."""
+    checked = [check_key(key) for key in keys]
+    check_tuples(num_tuples(checked))
+    return checked
+
+
+def num_tuples(keys: Iterable[Any]) -> int:
+    return sum(isinstance(key, (tuple, frozenset)) for key in keys)
+
+
+def check_tuples(count: int) -> None:
+    if count > MAX_TUPLE_KEYS:
+        raise ValueError(f"it has more than {MAX_TUPLE_KEYS} keys of dicts and sets that are tuples")
 
 
 def check_key(key: Any) -> Any:
@@ -247,7 +269,8 @@ def build_dict(*args: Any) -> dict[Any, Any]:
         isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs
     ):
         raise ValueError("it makes a dict of what are no pairs")
-    return {check_key(key): value for key, value in pairs}
+    keys = check_keys(key for key, _ in pairs)
+    return dict(zip(keys, (value for _, value in pairs), strict=True))
 
 
 def build_defaultdict(_factory: Any = None, *args: Any) -> dict[Any, Any]:
@@ -259,7 +282,7 @@ def build_set(kind: Callable[..., Any]) -> Callable[..., Any]:
     def build(values: Any = ()) -> Any:
         if not isinstance(values, (list, tuple, set, frozenset)):
             raise ValueError(f"it makes a set of a {type(values).__name__}")
-        return kind(check_key(value) for value in values)
+        return kind(check_keys(values))
 
     return build
 
@@ -318,6 +341,27 @@ def build_type(value: Any) -> Name:
     if value is not None:
         raise refusal("calls 'builtins.type' with a value")
     return Name("builtins", "NoneType")
+
+
+def build_union(function: Any = None, types: Any = (), *_: Any) -> StandIn:
+    """int | None and its kin, and several flags of an enum: joined by `or_`, which is not called here."""
+    is_union = (
+        isinstance(function, Name) and str(function) == "operator.or_" and isinstance(types, (tuple, list))
+    )
+    if not is_union or not all(isinstance(kind, (Name, StandIn)) for kind in types):
+        raise refusal("calls 'functools.reduce' for another end than to join types")
+    return StandIn("types", "UnionType", tuple(types))
+
+
+def build_member(kind: Any = None, name: Any = None, *_: Any) -> StandIn:
+    """A member of a foreign enum by its name, as some Pythons (3.11) write it."""
+    is_foreign = isinstance(kind, Name) and str(kind) not in PLAIN_TYPES | DATA_TYPES | set(BUILDERS) | set(
+        STORAGES
+    )
+    is_member = isinstance(name, str) and name.isidentifier() and not name.startswith("_")
+    if not is_foreign or not is_member or kind.module in DATA_MODULES:
+        raise refusal("calls 'builtins.getattr' for another end than to name a member of an enum")
+    return StandIn(kind.module, kind.name, (name,))
 
 
 def subscript(origin: Any, args: Any) -> StandIn:
@@ -400,6 +444,8 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "builtins.bytes": build_bytes(bytes),
     "builtins.bytearray": build_bytes(bytearray),
     "builtins.type": build_type,
+    "builtins.getattr": build_member,
+    "functools.reduce": build_union,
     "_codecs.encode": encode,
     "copyreg._reconstructor": reconstruct_object,
     "operator.getitem": subscript,

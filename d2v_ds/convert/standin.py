@@ -9,12 +9,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from reprlib import Repr
 from typing import Any
 
 MAX_DEPTH = 200
 """Containers inside each other; settings and states have fewer than 30."""
 NODE_ROOT = "omegaconf"
-REFERENCE = re.compile(r"\$\{\s*(\.*)([\w.\-]+)\s*\}")
+REFERENCE = re.compile(r"\$\{\s*(\.{0,20})(\w[\w.\-]*)\s*\}")
+MAX_REFERENCE = 500
+"""Characters; a longer text is none."""
+MAX_KEY = 1 << 60
 UNFOLLOWED = object()
 
 
@@ -69,7 +73,19 @@ def plain(value: Any) -> Any:
 
     Raises ValueError where a list or dict holds itself, or containers nest deeper than 200.
     """
-    return Plainer().of(value, 0)
+    try:
+        return Plainer().of(value, 0)
+    except RecursionError as error:
+        raise ValueError(f"settings nest deeper than {MAX_DEPTH}") from error
+
+
+def shown(value: Any) -> str:
+    """Its repr, short, however large a file made it."""
+    return BRIEF.repr(value)
+
+
+BRIEF = Repr()
+BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother = 2, 80, 80
 
 
 class Plainer:
@@ -78,6 +94,7 @@ class Plainer:
     def __init__(self) -> None:
         self.done: dict[int, Any] = {}
         self.open: set[int] = set()
+        self.roots: dict[int, Any] = {}
 
     def of(self, value: Any, depth: int) -> Any:
         if isinstance(value, Name):
@@ -101,14 +118,18 @@ class Plainer:
         if isinstance(value, StandIn):
             return self.of_stand_in(value, depth)
         if isinstance(value, dict):
-            return {self.key(k, depth): self.of(v, depth) for k, v in value.items()}
+            return {self.key(k): self.of(v, depth) for k, v in value.items()}
         if isinstance(value, tuple):
             return tuple(self.of(v, depth) for v in value)
         return [self.of(v, depth) for v in value]
 
-    def key(self, key: Any, depth: int) -> Any:
-        made = self.of(key, depth) if isinstance(key, (StandIn, Name)) else key
-        return str(made) if isinstance(made, (dict, list)) else made
+    def key(self, key: Any) -> Any:
+        """An enum's value or a class's name; of an object that says more, its class's."""
+        if not isinstance(key, StandIn):
+            return str(key) if isinstance(key, Name) else key
+        said = key.args[0] if len(key.args) == 1 else None
+        is_number = type(said) in (int, float) and abs(said) < MAX_KEY
+        return said if is_number or isinstance(said, str) else f"{key.module}.{key.name}"
 
     def of_stand_in(self, value: StandIn, depth: int) -> Any:
         if value.is_node and ("_val" in value.state or "_content" in value.state):
@@ -127,24 +148,34 @@ class Plainer:
 
     def of_node(self, node: StandIn, depth: int) -> Any:
         content = node.state.get("_val", node.state.get("_content"))
-        match = REFERENCE.fullmatch(content) if isinstance(content, str) else None
+        is_short = isinstance(content, str) and len(content) <= MAX_REFERENCE
+        match = REFERENCE.fullmatch(content) if is_short else None
         if match:
-            target = follow(node, len(match[1]), match[2])
+            start = self.above(node, len(match[1])) if match[1] else self.root(node)
+            target = follow(start, match[2])
             return content if target is UNFOLLOWED else self.of(target, depth)
         return self.of(content, depth)
 
+    def root(self, node: Any) -> Any:
+        """The topmost node above; found once for all that are below."""
+        way = []
+        while id(node) not in self.roots and len(way) < MAX_DEPTH and parent_of(node) is not None:
+            way.append(node)
+            node = parent_of(node)
+        top = self.roots.get(id(node), node)
+        self.roots |= {id(below): top for below in way}
+        return top
 
-def follow(node: StandIn, dots: int, path: str) -> Any:
-    """What an omegaconf reference leads to: from the root, or from the node's parent, its parent, ... with dots.
+    def above(self, node: Any, dots: int) -> Any:
+        """The node's parent, its parent, ..., or the topmost."""
+        node = parent_of(node)
+        for _ in range(dots - 1):
+            node = parent_of(node) or node
+        return node
 
-    `UNFOLLOWED` if it leads nowhere.
-    """
-    here: Any = parent_of(node) if dots else node
-    for _ in range(dots - 1 if dots else MAX_DEPTH):
-        above = parent_of(here)
-        if above is None:
-            break
-        here = above
+
+def follow(here: Any, path: str) -> Any:
+    """What an omegaconf reference leads to from a node; `UNFOLLOWED` if it leads nowhere."""
     for part in path.split("."):
         content = here.state.get("_content") if isinstance(here, StandIn) and here.is_node else here
         if isinstance(content, dict) and part in content:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -762,6 +763,60 @@ def test_a_file_of_something_else_is_refused(content: Any, reason: str, tmp_path
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def shared(levels: int) -> list:
+    """A list of twice the same list of twice ...: 2**levels parts to whoever walks it."""
+    tree: list = [1]
+    for _ in range(levels):
+        tree = [tree, tree]
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"more": shared(60)}, None),
+        ({f"a{i}": [f"${{model.a{i + 1}}}"] * 2 for i in range(60)}, None),
+        ({f"a{i}": f"${{model.a{i + 1}}}" for i in range(5000)}, "refer to each other more often"),
+        ({"more": "${model}", "again": "${model.again}"}, None),
+        ({"embed_dim": shared(60)}, "embed_dim=.{,99} must be a whole number"),
+        ({"shared_decoder": shared(60)}, "shared_decoder=.{,99} is not supported"),
+        ({"_name": shared(60)}, "holds a model .{,99}, which is no data2vec"),
+        ({"embed_dim": 10**400}, "embed_dim=.{,99} must be a whole number"),
+        ({"ema_decay": torch.zeros(3)}, "ema_decay=.*tensor.* must be a number"),
+        ({"layer_norm_first": torch.zeros(3)}, "layer_norm_first=.* must be true or false"),
+    ],
+)
+def test_settings_of_a_malicious_file_take_no_time(change: dict, reason: str | None, tmp_path: Path) -> None:
+    path = save(changed(pretrained("audio_cb4"), **change), tmp_path)
+    started = time.process_time()
+    if reason is None:
+        assert same(read_fairseq(path), from_dict(pretrained("audio_cb4")))
+    else:
+        with pytest.raises(ValueError, match=reason):
+            read_fairseq(path)
+    assert time.process_time() - started < 3
+
+
+def test_names_and_counts_of_a_malicious_file_take_no_time() -> None:
+    one = torch.zeros(1)
+    checkpoint = pretrained("audio_cb4")
+    checkpoint["cfg"]["model"]["modalities"]["audio"]["feature_encoder_spec"] = "[" * 1_000_000
+    started = time.process_time()
+    with pytest.raises(ValueError, match="feature_encoder_spec of 1000000 characters"):
+        from_dict(checkpoint)
+    for per_block in (False, True):
+        state = beit(per_block=per_block) | {"blocks.99999999999.gamma_1": one}
+        with pytest.raises(ValueError, match="has 4 blocks, and none of number 3"):
+            from_dict({"model": state})
+    with pytest.raises(ValueError, match="a model of 30000 tensors, more than any has"):
+        from_dict({"model": {f"blocks.{i}.norm1.weight": one for i in range(30_000)}})
+    checkpoint = pretrained("audio_cb4")
+    checkpoint["model"]["modality_encoders.AUDIO.alibi_scale"] = one
+    with pytest.raises(ValueError, match="1 of another shape: modality_encoders.AUDIO.alibi_scale"):
+        from_dict(checkpoint)
+    assert time.process_time() - started < 3
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import enum
 import functools
+import operator
 import os
 import pickle
 import struct
@@ -17,7 +19,7 @@ import pytest
 import torch
 from torch_files import FORMATS, calling, modules, save, write_legacy, write_zip
 
-from d2v_ds.convert.unpickle import read_torch_file
+from d2v_ds.convert.unpickle import plain, read_torch_file
 
 
 class Calls:
@@ -192,12 +194,12 @@ def tree(levels: int) -> bytes:
         (b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", "nest deeper than 200"),
         (b"\x80\x02)" + b"\x85" * 100_000 + b".", "nest deeper than 200"),
         (b"\x80\x02" + b"(" * 100_000 + b".", "does not end with one object"),
-        (b"\x80\x02}" + tree(60) + b"Ns.", "more than 1000 parts"),
-        (b"\x80\x04\x8f(" + tree(60) + b"\x90.", "more than 1000 parts"),
+        (b"\x80\x02}" + tree(60) + b"Ns.", "more than 30 parts"),
+        (b"\x80\x04\x8f(" + tree(60) + b"\x90.", "more than 30 parts"),
         (b"\x80\x02}\x8a\x09" + (2**70).to_bytes(9, "little") + b"Ns.", "number above 2**60"),
         (b"\x80\x02}]Ns.", "a key of a dict or set is a list"),
         (b"\x80\x02}c__builtin__\ncomplex\nK\x01K\x02\x86RNs.", "a key of a dict or set is a complex"),
-        (b"\x80\x02N" * 3_000_000 + b".", "more than 5000000 opcodes"),
+        (b"\x80\x02N" * 3_000_000 + b".", "more than 2000000 opcodes"),
         (b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "makes bytes of a int"),
         (b"\x80\x02c__builtin__\nlist\nc__builtin__\nxrange\nJ\xff\xff\xff\x7f\x85R\x85R.", "makes a list of a range"),
         (b"\x80\x04\x8d" + (1 << 62).to_bytes(8, "little") + b"abc.", "cannot be read"),
@@ -214,6 +216,61 @@ def test_a_bomb_is_refused_at_once(content, words, tmp_path):
     started = time.monotonic()
     assert words in refusal(write_zip(tmp_path / "a.pt", content))
     assert time.monotonic() - started < 30
+
+
+ATOM, NODE = b"cm.n\nThing\nq\xf0", b"comegaconf.nodes\nAnyNode\nq\xf0"
+
+
+def colliding(count: int) -> bytes:
+    """Tuples that differ and share a hash, since hash(-1) == hash(-2), as keys of one dict."""
+    parts = [b"J" + struct.pack("<i", -1), b"J" + struct.pack("<i", -2)]
+    keys = (b"(" + b"".join(parts[k >> i & 1] for i in range(16)) + b"tN" for k in range(count))
+    return b"}(" + b"".join(keys) + b"u"
+
+
+def one_hash(count: int) -> bytes:
+    """Objects as keys whose only argument is a number of hash 0."""
+    numbers = (b"\x8a\x14" + (k * (2**61 - 1)).to_bytes(20, "little") for k in range(1, count))
+    return ATOM + b"0}(" + b"".join(b"h\xf0" + number + b"\x85RN" for number in numbers) + b"u"
+
+
+def node(value: bytes) -> bytes:
+    return b"h\xf0)\x81}" + text("_val") + value + b"sb"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        colliding(6000),
+        one_hash(20_000),
+        b"}(" + b"K\x01" * 29 + b"tq\x00Ns" + b"h\x00Ns" * 20_000,
+        text("a" * 1_000_000) + b"q\x000(h\x00h\x00\x93" + b"0h\x00h\x00\x93" * 20_000 + b"t",
+        NODE + b"0" + node(text("${" + "." * 200_000)),
+        NODE + b"0" + text("${" + "a." * 500_000 + "a}") + b"q\x010(" + node(b"h\x01") * 3000 + b"t",
+        b"}" + ATOM + b"]\x85\x85RNs",
+        b"}(" + b"".join(text(str(i)) + b"N" for i in range(20_000)) + b"uq\x000" + ATOM + b")h\x00\x92"
+        + b"0h\xf0)h\x00\x92" * 20_000,
+    ],
+    ids=["tuples", "numbers", "again", "names", "dots", "references", "lists", "keywords"],
+)  # fmt: skip
+def test_no_key_name_or_reference_takes_long(content, tmp_path):
+    """A second of an idle core for each; some are refused, some are data of no use."""
+    path = write_zip(tmp_path / "a.pt", b"\x80\x04" + content + b".")
+    started = time.process_time()
+    try:
+        plain(read_torch_file(path))
+    except ValueError as error:
+        assert "\n" not in str(error)
+    assert time.process_time() - started < 3
+
+
+def test_a_few_tuples_as_keys_are_data(tmp_path):
+    """Up to 2000 in a file, however they got there: alone, by a constructor, again and again."""
+    value = {"pairs": {(i, "x"): i for i in range(500)}, "set": {(i, i) for i in range(500)}}
+    assert read_torch_file(save(tmp_path / "a.pt", value)) == value
+    again = b"](" + b"".join(b"K%cK\x01\x86" % i for i in range(200)) + b"eq\x000"
+    again += b"c__builtin__\nset\nh\x00\x85R0" * 11 + b"N."
+    assert "more than 2000 keys" in refusal(write_zip(tmp_path / "b.pt", b"\x80\x02" + again))
 
 
 def test_a_value_copied_again_and_again_is_refused(tmp_path):
@@ -238,8 +295,6 @@ def test_a_text_of_any_length_is_bounded_by_the_file(tmp_path):
 
 def test_settings_of_a_shared_tree_are_read_at_once(tmp_path):
     """No copy for each way that leads to a part."""
-    from d2v_ds.convert.unpickle import plain
-
     value = read_torch_file(write_zip(tmp_path / "a.pt", b"\x80\x02" + tree(60) + b"."))
     started = time.monotonic()
     plain(value)
@@ -278,6 +333,56 @@ def test_objects_of_every_protocol_are_stood_in_for(protocol, tmp_path):
         assert ours["meter"].state == {"count": 3}
         assert ours["kinds"].items == [1, 2]
         assert str(ours["class"]) == "mine.meters.Meter"
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_union_of_types_is_named_and_nothing_is_joined(protocol, tmp_path):
+    """`int | None` is written as a call of functools.reduce, flags of an enum too; any other such call is refused."""
+    value = {"steps": int | None, "kinds": list[int] | dict[str, int] | None}
+    for path in both(tmp_path, pickle.dumps(value, protocol)):
+        union = read_torch_file(path)["steps"]
+        assert (union.module, union.name, list(map(str, union.args))) == (
+            "types",
+            "UnionType",
+            ["builtins.int", "builtins.NoneType"],
+        )
+        assert plain(read_torch_file(path)) == {"steps": "types.UnionType", "kinds": "types.UnionType"}
+    mark = tmp_path / "was_here"
+    for function, *arguments in (
+        (functools.reduce, os.system, [f"touch {mark}", 1]),
+        (functools.reduce, operator.or_, [1, 2]),
+        (functools.reduce, operator.add, [int, str]),
+        (operator.or_, int, None),
+    ):
+        path = save(tmp_path / "b.pt", Calls(function, *arguments))
+        assert any(
+            f"{name}'" in refusal(path) for name in ("os.system", "functools.reduce", "add", "operator.or_")
+        )
+    assert not mark.exists()
+
+
+def test_a_member_of_an_enum_may_be_written_by_its_name(tmp_path):
+    """Python 3.11 does so, by getattr, which is refused for anything else."""
+
+    class Mode(enum.Enum):
+        MEAN = 1
+
+    named = b"\x80\x02c__builtin__\ngetattr\nc%b\n%b\nX%b%b\x86R."
+    for where, what, name in ((b"mine.m", b"Mode", b"MEAN"), (b"fairseq.m", b"Mode", b"MEAN")):
+        content = named % (where, what, struct.pack("<I", len(name)), name)
+        ours = read_torch_file(write_zip(tmp_path / "a.pt", content))
+        assert (ours.name, ours.args) == ("Mode", ("MEAN",)) and plain(ours) == "MEAN"
+    with modules(mine__modes=[Mode]):
+        assert plain(read_torch_file(save(tmp_path / "b.pt", {"mode": Mode.MEAN})))["mode"] in (1, "MEAN")
+    for where, what, name in (
+        (b"__builtin__", b"dict", b"clear"),
+        (b"torch", b"Tensor", b"backward"),
+        (b"pathlib", b"Path", b"unlink"),
+        (b"mine", b"Mode", b"__class__"),
+        (b"os", b"environ", b"clear"),
+    ):
+        content = named % (where, what, struct.pack("<I", len(name)), name)
+        assert "which no checkpoint needs" in refusal(write_zip(tmp_path / "c.pt", content))
 
 
 def test_a_partial_function_is_refused(tmp_path):
