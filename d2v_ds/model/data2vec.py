@@ -31,6 +31,17 @@ from d2v_ds.model.loss import regression
 TEACHER = "teacher."
 
 
+class Observed(NamedTuple):
+    """What else a look at the model's health needs; no gradient."""
+
+    layers_BTD: Tensor
+    """Mean of the layers that targets are made of, before any norm."""
+    hidden_NKD: Tensor
+    """The student's output for the tokens that it sees."""
+    local_BTD: Tensor
+    """The student's tokens of whole samples, before positions and context."""
+
+
 class Output(NamedTuple):
     """What one micro-batch gives; `loss` is a sum, to be divided by the step's total `sample_size`."""
 
@@ -45,6 +56,8 @@ class Output(NamedTuple):
     """Bool, which masked tokens count; None = all."""
     targets_BTD: Tensor
     """The targets of the whole samples, fp32."""
+    observed: Observed | None
+    """If `is_observed` was asked for."""
 
 
 class Data2Vec(nn.Module):
@@ -103,14 +116,17 @@ class Data2Vec(nn.Module):
             self.teacher.eval()  # a teacher has no dropout, whatever the engine asks for
         return self
 
-    def forward(self, batch: Batch, noise_NJD: Tensor | None = None) -> Output:
+    def forward(self, batch: Batch, noise_NJD: Tensor | None = None, is_observed: bool = False) -> Output:
         """Loss of one micro-batch. `noise_NJD` replaces the decoder's random input (tests)."""
         config = self.configs[batch.modality]
         encoder = self.encoders[batch.modality]
 
         # once a sample; where masks lie in the source itself (v1 text), student and teacher embed their own
         local_BTD = encoder.local(batch.source) if encoder.mask_id is None else None
-        targets_BTD = self.make_targets(batch, local_BTD)  # teacher: whole, no grad
+        layers = self.teacher_layers(batch, local_BTD)  # teacher: whole, no grad
+        targets_BTD = self.normalise_targets(batch, layers)
+        observed_BTD = self.mean_layers(batch, layers) if is_observed else None
+        del layers  # the student's pass needs the memory
         hidden_NED = self.see_views(batch, local_BTD)  # student: M masked views
         pred_NJD = self.predict(batch, hidden_NED, noise_NJD)  # decoder: masked positions
 
@@ -139,16 +155,25 @@ class Data2Vec(nn.Module):
             target_NJD,
             counts_NJ,
             targets_BTD,
+            self.observe(batch, observed_BTD, hidden_NED, local_BTD) if is_observed else None,
         )
 
-    @torch.no_grad()
     def make_targets(self, batch: Batch, local_BTD: Tensor | None = None) -> Tensor:
         """The teacher's normalised mean of layers for whole samples; (B, T, D) fp32."""
+        return self.normalise_targets(batch, self.teacher_layers(batch, local_BTD))
+
+    @torch.no_grad()
+    def teacher_layers(self, batch: Batch, local_BTD: Tensor | None = None) -> list[Tensor]:
+        """The K outputs of the teacher that targets are made of, for whole samples; each (B, E + T, D)."""
         target = self.configs[batch.modality].target
         if self.fairseq_compat and self.encoders[batch.modality].mask_id is not None:
             batch = self.masked_alone(batch)
         outputs, ffns = self.teach(batch, local_BTD)
-        layers = (ffns if target.source == "ffn" else outputs)[-target.top_k :]
+        return (ffns if target.source == "ffn" else outputs)[-target.top_k :]
+
+    @torch.no_grad()
+    def normalise_targets(self, batch: Batch, layers: list[Tensor]) -> Tensor:
+        target = self.configs[batch.modality].target
         targets_BTD = make_targets(
             layers,
             per_layer=target.per_layer,
@@ -157,6 +182,23 @@ class Data2Vec(nn.Module):
             padding_BT=None if self.fairseq_compat else batch.padding_BT,
         )
         return targets_BTD.roll(1, dims=0) if target.shuffle else targets_BTD
+
+    def mean_layers(self, batch: Batch, layers: list[Tensor]) -> Tensor:
+        """(B, T, D) fp32, before any norm."""
+        return sum(layer[:, self.configs[batch.modality].extra_tokens :].float() for layer in layers) / len(
+            layers
+        )
+
+    @torch.no_grad()
+    def observe(
+        self, batch: Batch, layers_BTD: Tensor, hidden_NED: Tensor, local_BTD: Tensor | None
+    ) -> Observed:
+        """The student's own tokens are made here where a forward pass has no whole ones."""
+        extra, encoder = self.configs[batch.modality].extra_tokens, self.encoders[batch.modality]
+        if local_BTD is None:
+            with asleep(encoder.local):
+                local_BTD = encoder.local(batch.source)
+        return Observed(layers_BTD, hidden_NED[:, extra:].detach(), local_BTD.detach())
 
     @torch.no_grad()
     def teach(self, batch: Batch, local_BTD: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:

@@ -35,7 +35,7 @@ def train_step(run: Run, micro_batches: list[MicroBatch], report: Report) -> boo
     with one_reduction(engine):
         for micro in micro_batches:
             batch = prepare(run, micro)
-            output = engine(batch)  # student, teacher, loss
+            output = engine(batch, is_observed=report.is_wanted)  # student, teacher, loss
             engine.backward(output.loss * scale(run, micro.modality, report.sizes))
             report.observe(batch, output)
 
