@@ -67,8 +67,25 @@ def build_parser() -> argparse.ArgumentParser:
     imported.set_defaults(run=run_import)
 
     index = commands.add_parser("index", help="build the index of tar shards")
-    index.add_argument("shards", nargs="+", help="folder, pattern a{000..123}.tar or *.tar, joined by ::")
+    add_shards(index)
     index.set_defaults(run=run_index)
+
+    verify = commands.add_parser("verify", help="read every byte of shards and compare with their index")
+    add_shards(verify)
+    verify.add_argument("--json", action="store_true", help="print a report of each shard as JSON")
+    verify.set_defaults(run=run_verify)
+
+    preview = commands.add_parser("preview", help="what shards hold: members, counts, lengths, a picture")
+    add_shards(preview)
+    preview.add_argument(
+        "--out", type=Path, default=Path("preview.png"), help="contact sheet to write (default: preview.png)"
+    )
+    preview.add_argument("--samples", type=int, default=12, help="samples on it (default: 12)")
+    preview.add_argument(
+        "--measured", type=int, default=1000, help="samples whose length is looked at (default: 1000)"
+    )
+    preview.add_argument("--json", action="store_true", help="print what was found as JSON")
+    preview.set_defaults(run=run_preview)
 
     recipes = commands.add_parser("recipes", help="list the shipped recipes")
     recipes.set_defaults(run=run_recipes)
@@ -111,6 +128,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_shards(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+", help="folder, pattern a{000..123}.tar or *.tar, joined by ::")
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: one for each core)")
+
+
 def run_export(arguments: argparse.Namespace) -> int:
     from d2v_ds.convert.consolidate import export
 
@@ -132,8 +154,45 @@ def run_import(arguments: argparse.Namespace) -> int:
 def run_index(arguments: argparse.Namespace) -> int:
     from d2v_ds.data import ensure_index, expand_shards
 
-    indexes = ensure_index(expand_shards(arguments.shards))
+    indexes = ensure_index(expand_shards(arguments.shards), arguments.workers)
     print(f"{sum(index.num_samples for index in indexes)} samples in {len(indexes)} shards")
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    """Exit code 1 if anything is wrong with any shard."""
+    import json
+
+    from d2v_ds.data import expand_shards
+    from d2v_ds.data.verify import summary, verify_shards
+
+    paths = expand_shards(arguments.shards)
+    found = summary(reports := verify_shards(paths, arguments.workers, None if arguments.json else print))
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return 1 if found["bad_shards"] else 0
+    for report in reports:
+        for problem in report.problems:
+            print(f"{report.shard}: {problem}")
+        for note in report.notes:
+            print(f"{report.shard}: note: {note}")
+    print(
+        f"{found['samples']} samples in {found['shards']} shards, {found['bytes'] / 1e6:.1f} MB: "
+        + (f"{found['bad_shards']} shards are not in order" if found["bad_shards"] else "all in order")
+    )
+    return 1 if found["bad_shards"] else 0
+
+
+def run_preview(arguments: argparse.Namespace) -> int:
+    import json
+
+    from d2v_ds.data import expand_shards
+    from d2v_ds.tasks.preview import describe, preview
+
+    paths = expand_shards(arguments.shards)
+    say = None if arguments.json else print
+    found = preview(paths, arguments.out, arguments.samples, arguments.measured, arguments.workers, say)
+    print(json.dumps(found, indent=1) if arguments.json else describe(found))
     return 0
 
 

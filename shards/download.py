@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from d2v_ds import __version__
-from d2v_ds.tasks.progress import ProgressLine
+from d2v_ds.data.progress import ProgressLine
 from shards.writer import write_bytes
 
 CHUNK = 1 << 20

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2v_ds.tasks.progress import ProgressLine, duration
+from d2v_ds.data.progress import ProgressLine, duration
 from shards.listing import Listing, Part, Skipped, list_part, merge_parts, write_skipped
 from shards.packing import (
     Shard,

@@ -1,4 +1,4 @@
-"""How is a job done for each of many shards, on all cores, with one line of progress?"""
+"""How is a job done for each of many shards, on all cores, with a line of progress and one at the end?"""
 
 import multiprocessing
 import os
@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from d2v_ds.data.progress import ProgressLine
+
 Progress = Callable[[str], Any]
 
-_SECONDS_BETWEEN_LINES = 10.0
 _job: Callable[[Any], Any]  # of a worker process, set when it starts
 
 
@@ -19,17 +20,18 @@ def map_shards(
     """[job(item) for item in items] in `workers` processes (None: one per core); the first error is raised.
 
     The job is inherited by fork, so it may be a closure; items and results are pickled between our own
-    processes.
+    processes. With `progress`, standard error shows how far it is, and `progress` gets one line at the end.
     """
     workers = min(workers or len(os.sched_getaffinity(0)), len(items))
-    started = shown = time.monotonic()
+    started = time.monotonic()
+    line = ProgressLine(len(items), what=what, unit="shards")
     results = []
     for result in _results(job, items, workers):
         results.append(result)
-        if progress and time.monotonic() - shown > _SECONDS_BETWEEN_LINES:
-            shown = time.monotonic()
-            progress(f"{what} {len(results)} of {len(items)} shards")
+        if progress:
+            line.show(len(results))
     if progress and items:
+        line.close()
         progress(f"{what} {len(items)} shards in {time.monotonic() - started:.1f} s")
     return results
 

@@ -81,6 +81,10 @@ class ShardReader:
         members = {self._extensions[row[1]]: row for row in self._rows(sample)}
         return {name: self._read_field(name, sample, members) for name in self.fields}
 
+    def members(self, sample: int) -> dict[str, bytes]:
+        """The bytes of all members by extension, whatever fields are read; CorruptSample as `read`."""
+        return {self._extensions[row[1]]: self._read_member(sample, row) for row in self._rows(sample)}
+
     def key(self, sample: int) -> str:
         """The sample's key, from its header in the tar: keys are wanted only for messages, so not indexed."""
         offset = int(self.index.offsets()[sample])

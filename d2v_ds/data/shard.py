@@ -13,6 +13,7 @@ import mmap
 import os
 import uuid
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +42,12 @@ class ShardIndex:
         """(N+1,) uint64 offsets of the samples."""
         return np.fromfile(sidecar(self.folder, self.path, "idx"), dtype="<u8")
 
+    def members_file(self) -> Path:
+        return sidecar(self.folder, self.path, "members.npy")
+
     def members(self) -> np.ndarray:
         """Rows of MEMBER in stored order, mmapped."""
-        with sidecar(self.folder, self.path, "members.npy").open("rb") as file:
+        with self.members_file().open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         # The rows are the end of the file. np.load parses the header with ast, 150 us for each shard opened.
         num_rows = sum(self.extension_counts.values())
@@ -81,12 +85,17 @@ def load_index(path: Path) -> ShardIndex | None:
     Sizes are multiples of 10 kB, so many rewritten tars keep theirs: the last sample's header is compared
     too. A tar that differs only elsewhere fails at each read by crc32.
     """
-    for folder in (path.parent, cache_folder(path)):
-        file = sidecar(folder, path, "json")
-        record = json.loads(file.read_bytes()) if file.exists() else {}
-        if record.get("version") == VERSION and _is_fresh(path, folder, record):
-            return _from_record(path, folder, record)
-    return None
+    return next((index for record, index in _stored(path) if index and _is_fresh(path, record)), None)
+
+
+def read_record(path: Path) -> dict | None:
+    """What the index of a tar says, whether or not it is whole and of this tar; None if there is none."""
+    return next((record for record, _ in _stored(path)), None)
+
+
+def stored_index(path: Path) -> ShardIndex | None:
+    """The index of a tar if it is whole itself, be the tar as it may."""
+    return next((index for _, index in _stored(path) if index), None)
 
 
 def load_column(index: ShardIndex, name: str) -> np.ndarray | None:
@@ -159,10 +168,25 @@ def _from_record(path: Path, folder: Path, record: dict) -> ShardIndex:
     )
 
 
-def _is_fresh(path: Path, folder: Path, record: dict) -> bool:
+def _stored(path: Path) -> Iterator[tuple[dict, ShardIndex | None]]:
+    """(record, index) of each folder where a tar's index may lie; no index if it is not whole."""
+    for folder in (path.parent, cache_folder(path)):
+        file = sidecar(folder, path, "json")
+        if not file.exists():
+            continue
+        try:
+            record = json.loads(file.read_bytes())
+            sizes = record["sidecars"] if record["version"] == VERSION else None
+            is_whole = sizes is not None and all(
+                _size_of(sidecar(folder, path, name)) == size for name, size in sizes.items()
+            )
+            yield record, _from_record(path, folder, record) if is_whole else None
+        except (ValueError, KeyError, TypeError, AttributeError):  # damaged, or another tool's
+            yield {}, None
+
+
+def _is_fresh(path: Path, record: dict) -> bool:
     if path.stat().st_size != record["size"]:
-        return False
-    if any(_size_of(sidecar(folder, path, name)) != size for name, size in record["sidecars"].items()):
         return False
     return _header_crc32(path, record["last_offset"]) == record["last_header"]
 

@@ -20,11 +20,11 @@ import torch
 
 from d2v_ds.convert.features import Encoder
 from d2v_ds.convert.load import load
+from d2v_ds.data.progress import ProgressLine, duration
 from d2v_ds.tasks import final
 from d2v_ds.tasks.groups import Group, Ready, ahead, make_groups, prepare
 from d2v_ds.tasks.items import Items, open_items
 from d2v_ds.tasks.pooling import What
-from d2v_ds.tasks.progress import ProgressLine, duration
 from d2v_ds.tasks.table import Bad, Parts, Row, parts_folder, refuse_other, write_whole
 
 BATCH_ATTENTION = 1 << 24

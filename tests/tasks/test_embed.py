@@ -25,12 +25,12 @@ from d2v_ds.cli import main
 from d2v_ds.convert.consolidate import write_export
 from d2v_ds.convert.features import Encoder
 from d2v_ds.convert.stored import Stored
+from d2v_ds.data.progress import ProgressLine, duration
 from d2v_ds.modalities.build import build_model
 from d2v_ds.recipe import load_recipe
 from d2v_ds.tasks import embed as embed_module
 from d2v_ds.tasks import groups
 from d2v_ds.tasks.embed import cut_batch, embed
-from d2v_ds.tasks.progress import ProgressLine, duration
 
 MODALITIES = ("image", "audio", "text")
 VALIDATION = str(SAMPLE / "multimodal-val-*.tar")

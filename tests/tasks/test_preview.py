@@ -1,0 +1,80 @@
+"""`d2v preview` counts members, knows what they are by their bytes, and draws some."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from ranks import SAMPLE
+
+from d2v_ds.cli import main
+from d2v_ds.data import build_index
+from d2v_ds.tasks.preview import recognise, spread
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preview")
+    for name in ("multimodal-train-000000.tar", "text-train-000000.tar"):
+        (folder / name).write_bytes((SAMPLE / name).read_bytes())
+    return folder
+
+
+def preview(folder: Path, out: Path, capsys, *options: str) -> dict:
+    assert main(["preview", str(folder), "--out", str(out), "--json", "--workers", "1", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_members_counts_and_lengths_are_found(folder, tmp_path, capsys):
+    found = preview(folder, tmp_path / "a.png", capsys, "--samples", "3", "--measured", "40")
+    indexes = [build_index(path) for path in sorted(folder.glob("*.tar"))]
+    assert found["samples"] == sum(index.num_samples for index in indexes) and found["shards"] == 2
+    kinds = {extension: member["kind"] for extension, member in found["members"].items()}
+    assert kinds == {"txt": "text", "json": "text", "png": "image", "ogg": "sound", "cls": "text"}
+    assert found["members"]["png"]["samples"] == indexes[0].extension_counts["png"]
+    assert found["members"]["png"]["example"] == "PNG L 32x32"
+    assert found["members"]["ogg"]["lengths"]["unit"] == "seconds"
+    assert 38 <= found["looked_at"] <= 40 and found["faults"] == []
+    lengths = found["members"]["txt"]["lengths"]
+    assert (
+        sum(lengths["counts"]) == found["looked_at"] and lengths["min"] <= lengths["median"] <= lengths["max"]
+    )
+
+
+def test_the_sheet_is_a_picture_that_shows_more_of_more_samples(folder, tmp_path, capsys):
+    for number in (1, 5):
+        preview(folder, tmp_path / f"{number}.png", capsys, "--samples", str(number), "--measured", "9")
+    small, large = (Image.open(tmp_path / f"{number}.png") for number in (1, 5))
+    assert small.format == "PNG" and large.height > small.height and np.asarray(large).std() > 10
+
+
+def test_a_member_is_known_by_its_bytes():
+    assert recognise(b"caf\xc3\xa9", False) == {"kind": "text", "length": 4, "what": "4 characters"}
+    assert recognise(b'{"a": 1}', False)["what"] == "json: a"
+    assert recognise(b"\x80\x04\x95cos\nsystem", False)["kind"] == "bytes"  # a pickle is never opened
+    assert recognise(b"", False)["kind"] == "text"
+
+
+def test_what_rotted_is_told_in_text_and_picture(folder, tmp_path, capsys):
+    path = tmp_path / "a.tar"
+    path.write_bytes((folder / "multimodal-train-000000.tar").read_bytes())
+    offset = int(build_index(path).members()[0]["offset"])
+    with path.open("r+b") as file:
+        file.seek(offset + 20)
+        file.write(b"rot")
+    assert (
+        main(["preview", str(path), "--out", str(tmp_path / "a.png"), "--measured", "5", "--workers", "1"])
+        == 0
+    )
+    assert "fault: train-000000: its bytes differ from the index (crc32)" in capsys.readouterr().out
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_samples_are_spread_evenly():
+    assert spread(10, 4).tolist() == [0, 3, 6, 9] and spread(3, 10).tolist() == [0, 1, 2]
+
+
+def test_other_endings_are_refused(folder, tmp_path, capsys):
+    assert main(["preview", str(folder), "--out", str(tmp_path / "a.jpg")]) == 2
+    assert "must end in .png" in capsys.readouterr().err
