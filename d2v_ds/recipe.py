@@ -143,9 +143,7 @@ class Recipe(Config):
 
     def hash(self) -> str:
         """Of what must not change when a run is resumed: all but how long, where, and how it is watched."""
-        kept = {
-            k: v for k, v in dotted_keys(self).items() if k not in FREE and not k.endswith(".data.shards")
-        }
+        kept = {key: value for key, value in dotted_keys(self).items() if not is_free(key)}
         return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -164,6 +162,11 @@ FREE = {
     "train.max_bad_share",
     "train.timeout_minutes",
 }
+
+
+def is_free(key: str) -> bool:
+    """Where shards lie is free too: a run knows their content by fingerprint."""
+    return key in FREE or key.endswith((".data.shards", ".data.corpora"))
 
 
 def recipes() -> dict[str, Any]:

@@ -8,6 +8,8 @@ used: finding and indexing shards needs no torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from d2v_ds.data.blocks import TextBlocks
+from d2v_ds.data.buckets import Buckets
 from d2v_ds.data.index import (
     Corpus,
     CorruptSample,
@@ -16,12 +18,13 @@ from d2v_ds.data.index import (
     ensure_index,
     expand_shards,
 )
-from d2v_ds.data.plan import Draw, Plan, Stream, TextBlocks, permute, seed_of
+from d2v_ds.data.plan import Draw, Plan, Share, Stream, deal, permute, seed_of
 
 if TYPE_CHECKING:
-    from d2v_ds.data.loader import DataError, Fault, FaultLog, MicroBatch, Samples, Source, StepLoader
+    from d2v_ds.data.loader import DataError, Fault, FaultLog, MicroBatch, Samples, Source, StepLoader, Volume
 
 __all__ = [
+    "Buckets",
     "Corpus",
     "CorruptSample",
     "DataError",
@@ -32,11 +35,14 @@ __all__ = [
     "Plan",
     "Samples",
     "ShardIndex",
+    "Share",
     "Source",
     "StepLoader",
     "Stream",
     "TextBlocks",
+    "Volume",
     "build_index",
+    "deal",
     "ensure_index",
     "expand_shards",
     "permute",

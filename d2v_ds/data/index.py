@@ -1,7 +1,8 @@
 """Which samples are there? Shard patterns -> an index beside each tar -> the corpus of one modality.
 
 A sample is read by its number, as the bytes that were indexed or not at all (CorruptSample). Columns stay on
-disk, and a process holds at most 64 shards of a corpus open.
+disk, and a process holds at most 64 shards of a corpus open; of a shard that is wholly used it holds counts, of
+others the list of what is left out.
 """
 
 import functools
@@ -18,6 +19,7 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 
+from d2v_ds.data.lengths import Lengths, stored_row
 from d2v_ds.data.parallel import Progress, map_shards
 from d2v_ds.data.reader import CorruptSample, Fields, ShardReader, parse_fields, samples_with
 from d2v_ds.data.shard import ShardIndex, build_index, load_column, load_index, write_column
@@ -61,8 +63,8 @@ class Corpus:
         self.indexes = indexes
         self.fields = fields
         self.skipped = 0
-        self._kept = [samples_with(index, fields) for index in indexes]
-        self._lengths: np.ndarray | None = None
+        self._left_out = [_without(index, fields) for index in indexes]
+        self._lengths: Lengths | None = None
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
         self._pid = os.getpid()
         self._count()
@@ -100,8 +102,8 @@ class Corpus:
         return int(self.shard_starts[-1])
 
     @property
-    def lengths(self) -> np.ndarray:
-        """(N,) uint32, what `measure` gave for each sample."""
+    def lengths(self) -> Lengths:
+        """What `measure` gave for each sample."""
         assert self._lengths is not None, "the corpus was opened without a measure"
         return self._lengths
 
@@ -131,8 +133,7 @@ class Corpus:
             raise IndexError(f"sample {i} of a corpus of {len(self)}")
         shard = int(np.searchsorted(self.shard_starts, i, side="right")) - 1
         position = int(i - self.shard_starts[shard])
-        kept = self._kept[shard]
-        return self._reader(shard), position if kept is None else int(kept[position])
+        return self._reader(shard), stored_row(position, self._left_out[shard])
 
     def _reader(self, shard: int) -> ShardReader:
         if self._pid != os.getpid():  # a forked worker opens its own files
@@ -146,8 +147,8 @@ class Corpus:
 
     def _count(self) -> None:
         counts = [
-            index.num_samples if kept is None else len(kept)
-            for index, kept in zip(self.indexes, self._kept, strict=True)
+            index.num_samples - (0 if out is None else len(out))
+            for index, out in zip(self.indexes, self._left_out, strict=True)
         ]
         self.shard_starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         """(shards + 1,) the first sample of each shard, then the number of all"""
@@ -159,20 +160,18 @@ class Corpus:
 
     def _leave_out_short(self, name: str, min_length: int) -> dict[str, int]:
         """Keep samples of `min_length` or more; the counts of those left out."""
-        lengths, num_empty, num_short = [], 0, 0
+        num_empty, num_short = 0, 0
         for shard, index in enumerate(self.indexes):
-            column, kept = load_column(index, name), self._kept[shard]
-            assert column is not None, f"{name} of {index.path} was measured but cannot be read"
-            values = np.array(column if kept is None else column[kept])
-            is_long = values >= max(min_length, 1)
-            num_empty += int((values == 0).sum())
-            num_short += int((~is_long & (values > 0)).sum())
-            if not is_long.all():
-                rows = np.arange(index.num_samples, dtype=np.uint32) if kept is None else kept
-                self._kept[shard] = rows[is_long]
-            lengths.append(values[is_long])
-        self._lengths = np.concatenate(lengths)
+            column = _column(index, name)
+            rows = np.flatnonzero(column < max(min_length, 1)).astype(np.uint32)
+            empty, without = int((column == 0).sum()), self._left_out[shard]
+            num_empty += empty - (0 if without is None else len(without))  # those have length 0 too
+            num_short += len(rows) - empty
+            self._left_out[shard] = rows if len(rows) else None
         self._count()
+        rows_of = np.array([index.num_samples for index in self.indexes])
+        load = functools.partial(_load_lengths, self.indexes, name)
+        self._lengths = Lengths(load, rows_of, self._left_out, max(min_length, 1))
         return {"empty or unreadable": num_empty, f"below {min_length} {name}": num_short}
 
     def _report(self, paths: list[Path], reasons: dict[str, int], total: int) -> None:
@@ -192,6 +191,27 @@ class Corpus:
             f"no sample of {_name(paths)} has {fields}; the extensions seen are: {extensions}. "
             "Name those that hold the fields (an extension begins at the first dot of a file's name)"
         )
+
+
+def _without(index: ShardIndex, fields: Fields) -> np.ndarray | None:
+    """The samples of a shard that lack a field; None where none does, as in most."""
+    kept = samples_with(index, fields)
+    if kept is None:
+        return None
+    return np.setdiff1d(np.arange(index.num_samples, dtype=np.uint32), kept, assume_unique=True)
+
+
+def _load_lengths(indexes: list[ShardIndex], name: str, shard: int) -> np.ndarray:
+    return _column(indexes[shard], name)
+
+
+def _column(index: ShardIndex, name: str) -> np.ndarray:
+    column = load_column(index, name)
+    if column is None:
+        raise ValueError(
+            f"{name} of {index.path} was measured but cannot be read; start again to measure it anew"
+        )
+    return column
 
 
 def _measure_shard(index: ShardIndex, fields: Fields, measure: Measure, name: str) -> None:

@@ -5,6 +5,7 @@ workers and from any step. A unit that cannot be read is replaced as the plan sa
 """
 
 import gc
+import hashlib
 import json
 import math
 import multiprocessing
@@ -19,11 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from d2v_ds.data.buckets import Buckets
 from d2v_ds.data.index import Corpus, CorruptSample
-from d2v_ds.data.plan import Draw, Plan, Stream
+from d2v_ds.data.plan import Draw, Plan, Share, Stream
 
 MAX_ATTEMPTS = 20
 
@@ -37,8 +40,12 @@ class Samples(Protocol):
     """field -> alternatives, as Corpus.open takes them"""
 
     @property
-    def size(self) -> int:
-        """Units; a unit is a sample of the corpus unless there are more or fewer of them (blocks of text)."""
+    def unit_starts(self) -> np.ndarray:
+        """(shards + 1,) the first unit of each shard, then the number of all; a unit is a sample of the corpus
+        unless there are more or fewer of them (blocks of text)."""
+
+    def buckets(self, corpus: Corpus, shards: range) -> Buckets | None:
+        """How the samples of some shards make micro-batches of like length; None: as many as `batch` says."""
 
     def read(self, corpus: Corpus, unit: int) -> Any:
         """One unit decoded, nothing random yet; ValueError if that cannot be."""
@@ -46,8 +53,25 @@ class Samples(Protocol):
     def collate(self, decoded: list[Any], draws: list[Draw]) -> Any:
         """The batch: crops and masks come from the seeds of the draws."""
 
-    def volume(self, corpus: Corpus, batch: int) -> tuple[float, float, str]:
-        """What a micro-batch of `batch` units holds on average, what the corpus holds, and of what."""
+    def volume(self, corpus: Corpus, share: Share, batch: int) -> "Volume":
+        """How much the samples of a share are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """How much data there is, in a unit of the modality's."""
+
+    unit: str
+    """seconds, tokens, images"""
+    total: float
+    micro_batch: float
+    """what a micro-batch holds on average: cropped, or without padding"""
+    padding: float = 0.0
+    """share of what is computed"""
+    cropped: float = 0.0
+    """share of what is stored that is lost since a micro-batch is cropped to its shortest"""
+    budget: float | None = None
+    """the most that a micro-batch may hold, padding included"""
 
 
 @dataclass
@@ -59,10 +83,25 @@ class Source:
     samples: Samples
     batch: int
     micro_batches: int
+    shares: tuple[Share, ...] = ()
+    """The corpora that it mixes; () = one, with micro-batches of `batch` units."""
+
+    @property
+    def size(self) -> int:
+        """Units."""
+        return int(self.samples.unit_starts[-1])
 
     @property
     def stream(self) -> Stream:
-        return Stream(self.name, self.samples.size, self.batch, self.micro_batches)
+        return Stream(self.name, self.size, self.batch, self.micro_batches, self.shares)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all bytes, and of how they are mixed and grouped by length."""
+        rows = [(s.name, s.size, s.count, s.buckets and s.buckets.fingerprint()) for s in self.shares]
+        if not any(share.buckets for share in self.shares) and len(rows) <= 1:
+            return self.corpus.fingerprint
+        return hashlib.sha256(json.dumps([self.corpus.fingerprint, rows]).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +254,7 @@ def _read(source: Source, plan: Plan, draw: Draw, step: int, faults: list[Fault]
 def _fault(source: Source, unit: int, error: ValueError, step: int) -> Fault:
     if isinstance(error, CorruptSample):
         return Fault(source.name, f"{error.shard}:{error.key}", error.reason, step)
-    is_sample = source.samples.size == len(source.corpus)
+    is_sample = source.size == len(source.corpus)
     key = source.corpus.key(unit) if is_sample else f"{source.name}:unit {unit}"
     return Fault(source.name, key, str(error), step)
 

@@ -3,17 +3,20 @@
 A stream repeats its units for ever, each epoch in another order (a Feistel permutation, so any position
 costs the same). A step takes a fixed number of micro-batches from each stream; rank r of N has r, r+N, ... of
 them, so the global batch knows neither N nor the number of workers, and all ranks see the same modalities in
-the same order. Changing what these functions return changes every run: tests hold known values.
+the same order. A stream of several corpora deals its micro-batches out to them in blocks, each with the same
+counts. Changing what these functions return changes every run: tests hold known values.
 """
 
 import functools
 import hashlib
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from d2v_ds.data.buckets import Buckets
 
 _ROUNDS = 8
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -39,6 +42,26 @@ def permute(index: int | np.ndarray, size: int, key: int) -> int | np.ndarray:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """One corpus of a stream."""
+
+    name: str
+    """what its order is drawn from"""
+    first: int
+    """its first unit in the stream"""
+    size: int
+    """units"""
+    count: int = 1
+    """micro-batches in a block of the mix"""
+    buckets: Buckets | None = None
+    """units of like length make a micro-batch; None: as many as the stream says, whatever their length"""
+
+    def batches(self, batch: int) -> float:
+        """Micro-batches of an epoch."""
+        return self.buckets.num_batches if self.buckets else self.size / batch
+
+
+@dataclass(frozen=True, slots=True)
 class Stream:
     """One modality's share of a step."""
 
@@ -46,14 +69,35 @@ class Stream:
     size: int
     """units: samples, or blocks of text"""
     batch: int
-    """units of a micro-batch"""
+    """units of a micro-batch; with buckets the most of them"""
     micro_batches: int
     """of a step, over all ranks"""
+    shares: tuple[Share, ...] = ()
+    """The corpora that it mixes, and how; () = one, without buckets."""
 
     def __post_init__(self) -> None:
         for name in ("size", "batch", "micro_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"stream {self.name}: {name} is {getattr(self, name)}; it must be 1 or more")
+        object.__setattr__(self, "shares", self.shares or (Share(self.name, 0, self.size),))
+        firsts = [share.first for share in self.shares]
+        ends = [share.first + share.size for share in self.shares]
+        assert [*firsts, self.size] == [0, *ends], "shares follow one another and hold all units"
+
+    @property
+    def block(self) -> int:
+        """Micro-batches of a block of the mix."""
+        return sum(share.count for share in self.shares)
+
+    @property
+    def mean_batch(self) -> float:
+        """Units of a micro-batch, on average."""
+        counts = (s.count * s.size / s.batches(self.batch) for s in self.shares)
+        return sum(counts) / self.block
+
+    def share_of(self, unit: int) -> Share:
+        """The corpus of a unit."""
+        return next(share for share in reversed(self.shares) if unit >= share.first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +126,34 @@ class Plan:
         """The units of micro-batch `index` of a step."""
         stream = self.stream(stream_name)
         assert 0 <= index < stream.micro_batches, f"micro-batch {index} of {stream.micro_batches}"
-        start = (step * stream.micro_batches + index) * stream.batch
-        draws = []
-        for epoch in range(start // stream.size, (start + stream.batch - 1) // stream.size + 1):
-            first = max(start - epoch * stream.size, 0)
-            last = min(start + stream.batch - epoch * stream.size, stream.size)
-            key = seed_of(self.seed, "order", stream_name, epoch)
-            units = permute(np.arange(first, last), stream.size, key)
+        share, number = self._share(stream, step * stream.micro_batches + index)
+        if share.buckets:
+            return self._draws_of_bucket(stream_name, share, share.buckets, number)
+        start, draws = number * stream.batch, []
+        for epoch in range(start // share.size, (start + stream.batch - 1) // share.size + 1):
+            first = max(start - epoch * share.size, 0)
+            last = min(start + stream.batch - epoch * share.size, share.size)
+            key = seed_of(self.seed, "order", share.name, epoch)
+            units = share.first + permute(np.arange(first, last), share.size, key)
             draws += [self._draw(stream_name, epoch, unit) for unit in units.tolist()]
         return draws
 
+    def corpus(self, step: int, stream_name: str, index: int) -> str:
+        """The name of the share that micro-batch `index` of a step is of."""
+        stream = self.stream(stream_name)
+        return self._share(stream, step * stream.micro_batches + index)[0].name
+
     def replacement(self, draw: Draw, stream_name: str, attempt: int) -> Draw:
-        """What stands in for a unit that cannot be used, at the given attempt; may be unusable itself."""
+        """What stands in for a unit that cannot be used, at the given attempt; may be unusable itself.
+
+        It is of the same corpus and, where there are buckets, of like length.
+        """
         seed = seed_of(self.seed, "replacement", stream_name, draw.epoch, draw.unit, attempt)
-        return Draw(unit=seed % self.stream(stream_name).size, epoch=draw.epoch, seed=seed)
+        share = self.stream(stream_name).share_of(draw.unit)
+        if share.buckets:
+            bucket = share.buckets.bucket_of(draw.unit)
+            return Draw(share.buckets.unit(bucket, seed % int(share.buckets.sizes[bucket])), draw.epoch, seed)
+        return Draw(unit=share.first + seed % share.size, epoch=draw.epoch, seed=seed)
 
     def order(self, step: int) -> list[str]:
         """The modalities in the order of this step, equal on all ranks."""
@@ -122,11 +180,43 @@ class Plan:
                 )
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """How often each stream is seen in so many steps."""
-        return {s.name: steps * s.micro_batches * s.batch / s.size for s in self.streams}
+        """How often each corpus is seen in so many steps."""
+        return {
+            share.name: steps
+            * stream.micro_batches
+            * share.count
+            / stream.block
+            / share.batches(stream.batch)
+            for stream in self.streams
+            for share in stream.shares
+        }
+
+    def samples_a_step(self) -> float:
+        """Of all streams and ranks, on average."""
+        return sum(stream.micro_batches * stream.mean_batch for stream in self.streams)
 
     def stream(self, name: str) -> Stream:
         return next(stream for stream in self.streams if stream.name == name)
+
+    def _share(self, stream: Stream, position: int) -> tuple[Share, int]:
+        """Whose micro-batch stands at a position of the stream, and which of its own it is."""
+        if len(stream.shares) == 1:
+            return stream.shares[0], position
+        block, place = divmod(position, stream.block)
+        place = permute(place, stream.block, seed_of(self.seed, "mix", stream.name, block))
+        for share in stream.shares:
+            if place < share.count:
+                return share, block * share.count + place
+            place -= share.count
+        raise AssertionError("the counts add up to the block")
+
+    def _draws_of_bucket(self, stream_name: str, share: Share, buckets: Buckets, number: int) -> list[Draw]:
+        epoch, place = divmod(number, buckets.num_batches)
+        key = seed_of(self.seed, "batches", share.name, epoch)
+        bucket, places = buckets.batch(permute(place, buckets.num_batches, key))
+        key = seed_of(self.seed, "order", share.name, epoch, bucket)
+        ranks = permute(np.arange(places.start, places.stop), int(buckets.sizes[bucket]), key)
+        return [self._draw(stream_name, epoch, buckets.unit(bucket, rank)) for rank in ranks.tolist()]
 
     def _draw(self, stream_name: str, epoch: int, unit: int) -> Draw:
         return Draw(unit, epoch, seed_of(self.seed, "draw", stream_name, epoch, unit))
@@ -137,42 +227,15 @@ class Plan:
         return f"{', '.join(some)} or {last}" if some else last
 
 
-@dataclass(frozen=True, slots=True)
-class TextBlocks:
-    """Documents cut into blocks of `block_tokens` consecutive tokens; a block never crosses shards."""
-
-    block_tokens: int
-    starts: np.ndarray
-    """(documents + 1,) the first token of each document, counted over all shards"""
-    shard_starts: np.ndarray
-    """(shards,) the first document of each shard"""
-    block_starts: np.ndarray
-    """(shards + 1,) the first block of each shard; the tokens after a shard's last block are dropped"""
-
-    @classmethod
-    def build(cls, lengths: np.ndarray, shard_starts: np.ndarray, block_tokens: int) -> "TextBlocks":
-        """`lengths`: tokens of each document, its end token included; `shard_starts` as a Corpus has them."""
-        starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        tokens = np.diff(starts[shard_starts])
-        blocks = np.concatenate([[0], np.cumsum(tokens // block_tokens)])
-        if blocks[-1] < 1:
-            raise ValueError(
-                f"the text has {tokens.max()} tokens in its largest shard, less than one block of "
-                f"{block_tokens}; add text or shorten the block"
-            )
-        return cls(block_tokens, starts, np.asarray(shard_starts[:-1]), blocks)
-
-    def __len__(self) -> int:
-        return int(self.block_starts[-1])
-
-    def locate(self, block: int) -> tuple[int, int, int]:
-        """(first document, the block's first token in it, last document) by binary search."""
-        assert 0 <= block < len(self), f"block {block} of {len(self)}"
-        shard = int(np.searchsorted(self.block_starts, block, side="right")) - 1
-        begin = self.starts[self.shard_starts[shard]] + (block - self.block_starts[shard]) * self.block_tokens
-        ends = begin, begin + self.block_tokens - 1
-        first, last = (int(doc) - 1 for doc in np.searchsorted(self.starts, ends, side="right"))
-        return first, int(begin - self.starts[first]), last
+def deal(weights: Mapping[str, float], total: int) -> dict[str, int]:
+    """`total` in whole numbers by weight, each less than one off (largest remainder; ties go by name)."""
+    names = sorted(weights)
+    wanted = {name: total * weights[name] / sum(weights.values()) for name in names}
+    counts = {name: math.floor(wanted[name]) for name in names}
+    by_remainder = sorted(names, key=lambda name: counts[name] - wanted[name])
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
 
 
 def _encode(part: int | str) -> bytes:

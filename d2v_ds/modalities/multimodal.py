@@ -24,13 +24,14 @@ def multimodal_base() -> Recipe:
     none. Text's teacher averages text's own two blocks too, and
     reads the student's embeddings. Text's loss takes the scale of the others, 1 / sqrt(D), or it would own the
     clipped gradient. tau is that of images, between speech's and text's; the learning rate 5e-4 lies between
-    1e-3 (images) and 2e-4 (text). A step is 256 images, 32 sounds (394 s of LibriSpeech) and 64 blocks of text,
-    about the released batches: 80 epochs of ImageNet and 46 of LibriSpeech in 400,000 steps.
+    1e-3 (images) and 2e-4 (text). A step is 256 images, up to 500 s of speech and 64 blocks of text, the released
+    batches: 80 epochs of ImageNet and about 45 of LibriSpeech in 400,000 steps.
     """
     image, audio, text = imagenet(), librispeech(), books()
     image.data.shards = "imagenet/*train*.tar"
     audio.prenet_depth, audio.prenet_layerdrop = 2, 0.0
-    audio.data.shards, audio.data.micro_batches = "librispeech/*train*.tar", 32
+    audio.data.shards = "librispeech/*train*.tar"
+    audio.data.batch, audio.data.micro_batches, audio.data.batch_seconds = 15, 16, 31.25
     text.prenet_depth, text.teacher, text.target.top_k, text.loss.scale = 2, "context", 10, None
     text.data.shards = "openwebtext/*train*.tar"
     return Recipe(

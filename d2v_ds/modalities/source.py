@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from d2v_ds.config import Config
-from d2v_ds.data import Corpus, Draw, Source, expand_shards
+from d2v_ds.data import Corpus, Draw, Share, Source, deal, expand_shards
 from d2v_ds.modalities import samples_class
 from d2v_ds.model.batch import make_masked, make_views
 from d2v_ds.model.masking import draw_mask, fewest, pad_masks
@@ -28,6 +29,36 @@ class StreamConfig(Config):
     """Samples in a micro-batch: what one forward pass sees."""
     micro_batches: PositiveInt = 16
     """Micro-batches in a step, over all ranks: ranks must divide it."""
+    corpora: dict[str, str] | None = None
+    """Several corpora in place of `shards`: name -> file pattern. Each micro-batch is of one of them."""
+    weights: dict[str, PositiveFloat] | None = None
+    """Share of each corpus in the micro-batches, in any unit. None: by size, or as `temperature` says."""
+    temperature: PositiveFloat | None = None
+    """Corpora have shares of n^(1/temperature), n = micro-batches of an epoch: 1 is by size, more is more equal."""
+    mix_steps: PositiveInt = 100
+    """Every so many steps hold the same number of micro-batches of each corpus, less than one off its share."""
+
+    @model_validator(mode="after")
+    def mixes(self) -> StreamConfig:
+        if self.corpora is None:
+            for key, value in (("weights", self.weights), ("temperature", self.temperature)):
+                if value is not None:
+                    raise ValueError(
+                        f"data.{key}={value} has no meaning without data.corpora; name the corpora"
+                    )
+            return self
+        if not self.corpora:
+            raise ValueError("data.corpora is empty; name one or more, {name: pattern}, or leave it out")
+        if self.weights is not None and self.temperature is not None:
+            raise ValueError(
+                f"data.weights={self.weights} and data.temperature={self.temperature:g} contradict each other; give one"
+            )
+        if self.weights is not None and self.weights.keys() != self.corpora.keys():
+            raise ValueError(
+                f"data.weights are of {', '.join(sorted(self.weights))}, data.corpora of "
+                f"{', '.join(sorted(self.corpora))}; give each corpus a weight"
+            )
+        return self
 
 
 def shard_pattern(data: str, shards: str) -> str | list[str]:
@@ -41,10 +72,61 @@ def shard_pattern(data: str, shards: str) -> str | list[str]:
 def open_source(name: str, config: Any, data: str) -> Source:
     """The samples of one modality, with their index; builds what is missing of it."""
     samples = samples_class(name)(config, Path(data.split("::")[0]))
-    paths = expand_shards(shard_pattern(data, config.data.shards))
+    shards = find_corpora(name, data, config.data)
+    paths = expand_shards([str(path) for paths in shards.values() for path in paths])
     corpus = Corpus.open(paths, samples.fields, samples.measure, samples.measure_name, samples.min_length)
     samples.attach(corpus)
-    return Source(name, corpus, samples, config.data.batch, config.data.micro_batches)
+    shares = build_shares(shards, corpus, samples, config.data)
+    return Source(name, corpus, samples, config.data.batch, config.data.micro_batches, shares)
+
+
+def find_corpora(name: str, data: str, config: StreamConfig) -> dict[str, list[Path]]:
+    """The shards of each corpus of a modality, under what its order is drawn from."""
+    if config.corpora is None:
+        return {name: expand_shards(shard_pattern(data, config.shards))}
+    patterns = {corpus: shard_pattern(data, pattern) for corpus, pattern in sorted(config.corpora.items())}
+    if data in patterns.values():
+        raise ValueError(
+            f"data={data} is a pattern, but modalities.{name}.data.corpora names the shards; give their folder"
+        )
+    return {f"{name}/{corpus}": expand_shards(pattern) for corpus, pattern in patterns.items()}
+
+
+def build_shares(
+    shards: dict[str, list[Path]], corpus: Corpus, samples: Any, config: StreamConfig
+) -> tuple[Share, ...]:
+    """What each corpus is in the units of the samples, and how many micro-batches of a block are its own."""
+    shares, start = [], 0
+    for name, paths in shards.items():
+        own = range(start, start + len(paths))
+        first, end = int(samples.unit_starts[own.start]), int(samples.unit_starts[own.stop])
+        if first == end:
+            raise ValueError(
+                f"corpus {name} has no usable sample in {paths[0]} ..; leave it out of data.corpora"
+            )
+        shares.append(Share(name, first, end - first, buckets=samples.buckets(corpus, own)))
+        start = own.stop
+    if len(shares) == 1:
+        return tuple(shares)
+    counts = count_mix({share.name: share.batches(config.batch) for share in shares}, config)
+    return tuple(replace(share, count=counts[share.name]) for share in shares)
+
+
+def count_mix(sizes: dict[str, float], config: StreamConfig) -> dict[str, int]:
+    """Micro-batches of each corpus in `mix_steps` steps."""
+    largest = max(sizes.values())  # else a low temperature would overflow
+    weights = {name: (size / largest) ** (1 / (config.temperature or 1)) for name, size in sizes.items()}
+    if config.weights is not None:
+        weights = {name: config.weights[name.partition("/")[2]] for name in sizes}
+    total = config.mix_steps * config.micro_batches
+    counts = deal(weights, total)
+    for name, count in counts.items():
+        if not count:
+            raise ValueError(
+                f"corpus {name} has a share of {weights[name] / sum(weights.values()):.2g}, none of the {total} "
+                f"micro-batches of data.mix_steps={config.mix_steps} steps; raise its weight or data.mix_steps"
+            )
+    return counts
 
 
 def generator(draw: Draw, purpose: str) -> np.random.Generator:

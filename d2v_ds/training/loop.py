@@ -165,7 +165,7 @@ class Clock:
 def record_faults(run: Run, micro_batches: list[MicroBatch]) -> None:
     faults = [fault for micro in micro_batches for fault in micro.faults]
     if faults or run.faults.counts:
-        seen = (run.step * sum(s.batch * s.micro_batches for s in run.sources)) // run.world
+        seen = int(run.step * run.plan.samples_a_step() / run.world)
         try:
             run.faults.add(faults, seen)
         except DataError as error:
@@ -192,8 +192,7 @@ def complain(run: Run, skipped: int) -> None:
 def write_log(run: Run, report: Report, clock: Clock) -> None:
     losses, health = report.losses(), report.health.values()
     recipe, engine = run.recipe, run.engine
-    samples = sum(s.batch * s.micro_batches for s in run.sources)
-    rate = samples * clock.steps / clock.total
+    rate = run.plan.samples_a_step() * clock.steps / clock.total
     norm = engine.get_global_grad_norm()
     metrics = losses | {
         "lr": engine.optimizer.param_groups[0]["lr"],

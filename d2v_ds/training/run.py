@@ -26,7 +26,7 @@ from d2v_ds.engine.launch import prepare_environment, start_distributed
 from d2v_ds.engine.start import put_weights
 from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.source import open_source
-from d2v_ds.recipe import FREE, Recipe, load_recipe, write_yaml
+from d2v_ds.recipe import Recipe, is_free, load_recipe, write_yaml
 from d2v_ds.training.arguments import parse_arguments
 from d2v_ds.training.init import Start, read_start
 from d2v_ds.training.log import Log
@@ -228,7 +228,7 @@ def check_same_recipe(recipe: Recipe, saved: checkpoints.Checkpoint) -> None:
     changed = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in FREE and not key.endswith(".data.shards")
+        if old.get(key) != new.get(key) and not is_free(key)
     ]
     raise ValueError(
         f"{saved.folder} is of another recipe ({'; '.join(changed[:10])}); "
@@ -281,7 +281,7 @@ def open_sources(recipe: Recipe, rank: int) -> list[Source]:
 
 
 def fingerprints(sources: list[Source]) -> dict[str, str]:
-    return {s.name: s.corpus.fingerprint for s in sources}
+    return {s.name: s.fingerprint for s in sources}
 
 
 def check_same_data(sources: list[Source], saved: checkpoints.Checkpoint) -> None:

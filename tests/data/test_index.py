@@ -129,7 +129,7 @@ def test_lengths_are_measured_once_and_short_samples_left_out(write_shards: Writ
     expected = [length for length in expected if length >= 300]
     for _ in range(2):
         corpus = open_quietly(paths, FIELDS, measure, "bytes", min_length=300)
-        assert corpus.lengths.tolist() == expected
+        assert corpus.lengths.all().tolist() == expected
         assert [len(corpus.read(i)["content"]) for i in range(len(corpus))] == expected
         assert corpus.skipped == 21 - len(expected)
     assert len(calls) == 21
@@ -143,7 +143,7 @@ def test_lengths_of_another_tar_are_not_used(write_shards: Writer) -> None:
     open_quietly([path], FIELDS, lambda sample: 5, "size")
     write_tar(path, [(f"{i}.{ext}", b"new") for i in range(7) for ext in ("bin", "cls")])
     corpus = open_quietly([path], FIELDS, lambda sample: len(sample["content"]), "size")
-    assert corpus.lengths.tolist() == [3] * 7
+    assert corpus.lengths.all().tolist() == [3] * 7
 
 
 def test_indexing_and_measuring_in_processes_give_the_same(write_shards: Writer) -> None:
@@ -151,7 +151,7 @@ def test_indexing_and_measuring_in_processes_give_the_same(write_shards: Writer)
     one, two = write_shards(folder="one"), write_shards(folder="two")
     for paths, workers in ((one, 1), (two, 3)):
         corpus = Corpus.open(paths, FIELDS, lambda s: 1 + len(s["content"]), "n", 0, workers, lines.append)
-        assert corpus.lengths.tolist() == [1 + len(payload(s, i)) for s in range(3) for i in range(7)]
+        assert corpus.lengths.all().tolist() == [1 + len(payload(s, i)) for s in range(3) for i in range(7)]
     for a, b in zip(sorted(one[0].parent.iterdir()), sorted(two[0].parent.iterdir()), strict=True):
         assert a.read_bytes() == b.read_bytes()
     assert len(lines) == 4  # one line for each job, however many shards

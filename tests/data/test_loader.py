@@ -23,7 +23,7 @@ class ByteSamples:
     fields = {"content": "bin", "label": "cls"}
 
     def __init__(self, corpus: Corpus, unreadable: tuple[int, ...] = ()) -> None:
-        self.size = len(corpus)
+        self.unit_starts = corpus.shard_starts
         self.unreadable = unreadable
 
     def read(self, corpus: Corpus, unit: int) -> tuple[int, bytes]:

@@ -1,11 +1,12 @@
 """The order of the data depends on (seed, step) and on nothing else."""
 
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from d2v_ds.data import Draw, Plan, Stream, TextBlocks, permute, seed_of
+from d2v_ds.data import Draw, Plan, Share, Stream, deal, permute, seed_of
 
 STREAMS = [Stream("image", 101, 5, 12), Stream("audio", 7, 3, 24), Stream("text", 64, 2, 12)]
 
@@ -16,6 +17,9 @@ KNOWN_DRAWS = [
     Draw(0, 93, 5048983875005884376),
     Draw(2, 93, 4196636705958403792),
 ]
+
+KNOWN_CORPORA = ["text/c", "text/c", "text/a", "text/a", "text/a", "text/a"]
+KNOWN_UNITS = [286, 257, 265, 336]
 
 
 def test_seeds_and_permutations_have_known_values() -> None:
@@ -135,22 +139,63 @@ def test_any_position_costs_the_same() -> None:
     assert best_time(10**10) < 5 * best_time(0)
 
 
-@pytest.mark.parametrize("block", [1, 4, 7, 13])
-def test_blocks_tile_the_tokens_of_each_shard(block: int) -> None:
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 12, 40)
-    shard_starts = np.array([0, 11, 12, 30, 40])
-    blocks = TextBlocks.build(lengths, shard_starts, block)
-    tokens = [(doc, offset) for doc, length in enumerate(lengths) for offset in range(length)]
-    expected = []
-    for begin, end in zip(shard_starts[:-1], shard_starts[1:], strict=True):
-        stored = [token for token in tokens if begin <= token[0] < end]
-        expected += [stored[i : i + block] for i in range(0, len(stored) - block + 1, block)]
-    assert len(blocks) == len(expected)
-    for i, wanted in enumerate(expected):
-        assert blocks.locate(i) == (*wanted[0], wanted[-1][0])
+def mixed(counts: tuple[int, ...] = (5, 2, 17)) -> Plan:
+    """Corpora of 40, 9 and 300 units in micro-batches of 4."""
+    sizes = (40, 9, 300)
+    firsts = (0, 40, 49)
+    shares = [Share(f"text/{n}", *xs) for n, *xs in zip("abc", firsts, sizes, counts, strict=True)]
+    return Plan(7, [Stream("text", sum(sizes), 4, 6, tuple(shares)), Stream("image", 11, 2, 6)])
 
 
-def test_text_shorter_than_a_block_is_an_error() -> None:
-    with pytest.raises(ValueError, match="5 tokens in its largest shard, less than one block of 6"):
-        TextBlocks.build(np.array([2, 3, 1]), np.array([0, 2, 3]), 6)
+def test_every_block_of_a_mix_holds_the_same_counts() -> None:
+    """4 steps of 6 micro-batches; each is of one corpus, and blocks have orders of their own."""
+    plan, orders = mixed(), set()
+    for block in range(30):
+        names = [plan.corpus(4 * block + step, "text", index) for step in range(4) for index in range(6)]
+        assert [names.count(f"text/{n}") for n in "abc"] == [5, 2, 17]
+        orders.add(tuple(names))
+    assert len(orders) == 30
+
+
+def test_each_corpus_of_a_mix_goes_through_its_own_epochs() -> None:
+    """Whatever part of an epoch a block holds, no unit comes again before all have come."""
+    plan = mixed()
+    drawn: dict[str, list[Draw]] = {}
+    for step in range(360):
+        for index in range(6):
+            draws = plan.draws(step, "text", index)
+            drawn.setdefault(plan.corpus(step, "text", index), []).extend(draws)
+    for name, units in (("a", range(40)), ("b", range(40, 49)), ("c", range(49, 349))):
+        draws = drawn[f"text/{name}"]
+        whole = len(draws) // len(units)
+        seen = Counter((draw.epoch, draw.unit) for draw in draws)
+        assert whole >= 4 and max(seen.values()) == 1
+        assert all(seen[epoch, unit] for epoch in range(whole) for unit in units)
+        assert plan.epochs(360)[f"text/{name}"] == pytest.approx(len(draws) / len(units))
+        assert len({draw.seed for draw in draws}) == len(draws)
+
+
+def test_a_replacement_is_of_the_same_corpus() -> None:
+    plan = mixed()
+    for index in range(6):
+        for draw in plan.draws(5, "text", index):
+            (share,) = (s for s in plan.stream("text").shares if s.first <= draw.unit < s.first + s.size)
+            others = [plan.replacement(draw, "text", attempt).unit for attempt in range(1, 20)]
+            assert all(share.first <= unit < share.first + share.size for unit in others)
+
+
+@pytest.mark.parametrize("total", [7, 100, 1200])
+def test_counts_are_dealt_out_less_than_one_off(total: int) -> None:
+    weights = {"a": 0.1, "b": 7.3, "c": 2.2, "d": 2.2}
+    counts = deal(weights, total)
+    assert sum(counts.values()) == total
+    assert all(abs(counts[name] - total * weights[name] / 11.8) < 1 for name in weights)
+    assert deal(dict(reversed(weights.items())), total) == counts
+    assert deal({"b": 1, "a": 1, "c": 1}, 4) == {"a": 2, "b": 1, "c": 1}
+
+
+def test_mixed_streams_have_known_values() -> None:
+    """As above: others would be a new plan."""
+    plan = mixed()
+    assert [plan.corpus(11, "text", index) for index in range(6)] == KNOWN_CORPORA
+    assert [draw.unit for draw in plan.draws(11, "text", 0)] == KNOWN_UNITS

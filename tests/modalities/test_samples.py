@@ -395,7 +395,7 @@ def test_short_and_broken_sounds_are_left_out_and_others_are_read_normalised(tmp
     ]
     write_shard(tmp_path / "a.tar", "wav", contents)
     source = open_source("audio", config_of("audio", "data.shards=a.tar", "data.fields=wav"), str(tmp_path))
-    assert len(source.corpus) == 2 and source.corpus.lengths.tolist() == [8000, 10_884]
+    assert len(source.corpus) == 2 and source.corpus.lengths.all().tolist() == [8000, 10_884]
     waveform = source.samples.read(source.corpus, 1)
     assert len(waveform) == 10_885
     assert waveform.std(unbiased=False).item() == pytest.approx(1, abs=1e-3)
@@ -455,7 +455,7 @@ def expected_stream(tokenizer: bytes, shard: int) -> list[int]:
 def test_blocks_are_consecutive_tokens_of_a_shard_after_a_begin_token(folder: Path, tokenizer: bytes) -> None:
     """Across documents, each closed by </s>; none spans two shards, the incomplete last one is left out."""
     source = open_text(folder)
-    blocks = [source.samples.read(source.corpus, unit).tolist() for unit in range(source.samples.size)]
+    blocks = [source.samples.read(source.corpus, unit).tolist() for unit in range(source.size)]
     expected = []
     for shard in range(2):
         stream = expected_stream(tokenizer, shard)
@@ -478,7 +478,7 @@ def test_a_batch_of_blocks_has_no_padding_and_exact_masks(folder: Path) -> None:
 def test_samples_are_padded_and_say_so(folder: Path, tokenizer: bytes) -> None:
     """One document each, cut to max_tokens; padding is PAD and marked; masks are those of each alone."""
     source = open_text(folder, "data.mode=samples")
-    assert source.samples.size == 14
+    assert source.size == 14
     rows = [source.samples.read(source.corpus, unit) for unit in (0, 1, 3)]
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
     whole = [
@@ -512,7 +512,7 @@ def test_lengths_of_documents_count_the_end_token(
 ) -> None:
     """And are kept under a name that changes with the tokenizer."""
     source = open_text(folder)
-    assert source.corpus.lengths[:7].sum() == len(expected_stream(tokenizer, 0))
+    assert source.corpus.lengths.all()[:7].sum() == len(expected_stream(tokenizer, 0))
     assert source.samples.measure({"text": b"the river"}) == len(source.samples.encode("the river"))
     (folder / "other.model").write_bytes(train_tokenizer(45, **OUR_IDS))
     other = TextSamples(config_of("text", "data.tokenizer=other.model"), folder)

@@ -10,7 +10,7 @@ import pytest
 from ranks import SAMPLE
 
 from d2v_ds.data import Plan
-from d2v_ds.modalities.audio.samples import expected_minimum
+from d2v_ds.data.buckets import expected_extremes
 from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import load_recipe
 from d2v_ds.training.volume import describe_volume
@@ -23,10 +23,12 @@ def describe(name: str, modality: str, steps: int, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_the_expected_minimum_is_that_of_all_draws(number):
-    values = np.array([7, 2, 11, 3, 5])
-    everything = [min(draw) for draw in itertools.product(values.tolist(), repeat=number)]
-    assert expected_minimum(values, number) == pytest.approx(sum(everything) / len(everything))
+def test_expected_extremes_are_those_of_all_draws(number):
+    values, counts = np.array([2, 3, 5, 7, 11]), np.array([1, 2, 0, 1, 3])
+    draws = list(itertools.product(np.repeat(values, counts).tolist(), repeat=number))
+    low, high = expected_extremes(values, counts, number)
+    assert low == pytest.approx(sum(map(min, draws)) / len(draws))
+    assert high == pytest.approx(sum(map(max, draws)) / len(draws))
 
 
 def test_images_are_counted():
@@ -80,5 +82,6 @@ def test_sound_is_counted_in_seconds_whole_or_cropped():
 def test_small_speech_takes_crops_of_one_length():
     """8 s of every sound that has them, so a step is as long as its docstring says: 256 s."""
     data = load_recipe("audio_small").modalities["audio"].data
-    lengths = np.minimum(np.linspace(data.min_seconds, 30, 100), data.max_seconds)
-    assert expected_minimum(lengths, data.batch) * data.batch * data.micro_batches == pytest.approx(256)
+    lengths = np.bincount(np.minimum(np.arange(8, 31), data.max_seconds).astype(int))
+    shortest, _ = expected_extremes(np.arange(len(lengths)), lengths, data.batch)
+    assert shortest * data.batch * data.micro_batches == pytest.approx(256)

@@ -21,10 +21,9 @@ def audio_base(variant: Variant = "released") -> Recipe:
     Expected: 6.4 % WER on test-other after fine-tuning on 100 h, with a 4-gram (paper, quoted in fairseq issue
     5380; 6.8 from the released weights there, 9.0 for a run with smaller batches).
 
-    Batch: the original packs up to 62.5 s of sounds of like length on each of 8 GPUs, at most 500 s a step.
-    Here a micro-batch is cropped to its shortest sound, so it holds one, whole up to 20 s: 40 x 12.3 s = 492 s
-    a step, 54.7 k h or 57 epochs of 960 h (at most 55.6 k h or 58 in the original). 12.3 s is LibriSpeech's mean,
-    960.9 h / 281,241. For another corpus keep the product: the first lines of a run say the seconds a step.
+    Batch: as in the original, 8 micro-batches of up to 62.5 s: sounds of like length, up to 20 s each, cropped to
+    the shortest of them. So a step is 500 s at most, a run 55.6 k h or 58 epochs of 960 h; on lengths like those of
+    LibriSpeech 86 % of that, of which cropping took 3 %. `d2v plan` says it of your own.
 
     No variant `paper`: its table for speech is unknown to us, and what is quoted of it agrees.
     """
@@ -67,7 +66,14 @@ def librispeech() -> AudioConfig:
         prenet_dropout=0.1,
         prenet_layerdrop=0.05,
         alibi=Alibi(),
-        data=AudioData(shards="*train*.tar", batch=1, micro_batches=40, max_seconds=20.0, min_seconds=2.0),
+        data=AudioData(
+            shards="*train*.tar",
+            batch=31,
+            micro_batches=8,
+            batch_seconds=62.5,
+            max_seconds=20.0,
+            min_seconds=2.0,
+        ),
     )
 
 
@@ -79,9 +85,8 @@ def audio_large(variant: Variant = "released") -> Recipe:
     GPUs: 48 in the released file. Cost: 775 A100 hours (estimate, docs/recipes.md); none are published.
     Expected: unknown to us. tau reaches 1.0 at step 300,000 of 600,000: from there on the teacher stands still.
 
-    Batch: 48 x 20 s = 960 s a step at most, 160 k h, about 3 epochs, as in the original with one sound of 20 s
-    or more on each GPU. It packs several shorter ones on a GPU; here a micro-batch holds one, so with sounds of
-    less than 20 s raise modalities.audio.data.micro_batches until the first lines of a run say 960 s.
+    Batch: as in the original, 48 micro-batches of one sound of 20 s or of several shorter ones: 960 s a step and
+    160 k h at most, about 3 epochs.
 
     No variant `paper`, as for audio_base.
     """
@@ -96,7 +101,7 @@ def audio_large(variant: Variant = "released") -> Recipe:
     audio.mask.ratio, audio.mask.adjust = 0.55, 0.1
     audio.target.top_k = 16
     audio.decoder.dim = 768
-    audio.data.micro_batches = 48
+    audio.data.batch, audio.data.micro_batches, audio.data.batch_seconds = 10, 48, 20.0
     recipe.ema = EMA(start=0.9997, end=1.0, anneal_steps=300_000)
     recipe.optim.lr, recipe.optim.warmup_steps, recipe.optim.clip = 4e-4, 10_000, 1.0
     recipe.train.steps = 600_000
@@ -122,7 +127,7 @@ def audio_small() -> Recipe:
     recipe.body.dim, recipe.body.heads, recipe.body.layerdrop = 384, 6, 0.0
     audio = recipe.modalities["audio"]
     audio.decoder.dim = 192
-    audio.data.batch, audio.data.micro_batches = 8, 4
+    audio.data.batch, audio.data.micro_batches, audio.data.batch_seconds = 8, 4, None
     audio.data.min_seconds = audio.data.max_seconds = 8.0
     recipe.ema = EMA(start=0.999, end=0.9999, anneal_steps=30_000)
     recipe.optim.lr, recipe.optim.decay, recipe.optim.clip = 5e-4, "matrices", 1.0

@@ -21,8 +21,8 @@ def audio_v1_base(variant: Variant = "released") -> Recipe:
     Expected: 2.77 / 7.08 % WER on test-clean / test-other after fine-tuning on 960 h, without a language model
     (model card of facebook/data2vec-audio-base-960h).
 
-    Batch: the original packs up to 237.5 s of sounds of like length on each of 16 GPUs, at most 3,800 s a step.
-    Here a micro-batch holds one sound, whole up to 20 s (audio_base says why): 304 x 12.3 s = 3,739 s.
+    Batch: as in the original, 16 micro-batches of up to 237.5 s of sounds of like length (audio_base says more): at
+    most 3,800 s a step.
 
     The teacher averages the blocks and the norm before them, and reads the student's positional convolutions as
     they are, as the released file says and the paper describes; the configuration inside the released weights
@@ -51,7 +51,12 @@ def audio_v1_base(variant: Variant = "released") -> Recipe:
                 teacher="norm",
                 prenet_dropout=0.1,
                 data=AudioData(
-                    shards="*train*.tar", batch=1, micro_batches=304, max_seconds=20.0, min_seconds=2.0
+                    shards="*train*.tar",
+                    batch=118,
+                    micro_batches=16,
+                    batch_seconds=237.5,
+                    max_seconds=20.0,
+                    min_seconds=2.0,
                 ),
             )
         },

@@ -10,9 +10,11 @@ import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveFloat, model_validator
 from torch import Tensor
 
-from d2v_ds.data import Corpus, Draw
+from d2v_ds.data import Buckets, Corpus, Draw, Share, Volume
+from d2v_ds.data.buckets import expected_extremes
 from d2v_ds.modalities.source import StreamConfig, draw_views, generator, pad_stack, reason
 from d2v_ds.model.batch import Batch
 
@@ -27,6 +29,18 @@ class AudioData(StreamConfig):
     """Longer sounds are cropped at random; then all of a micro-batch are cropped to its shortest."""
     min_seconds: float = 2.0
     """Shorter sounds are left out."""
+    batch_seconds: PositiveFloat | None = None
+    """A micro-batch holds sounds of like length, as many as number x longest <= this, and at most `batch`. None:
+    `batch` of them, whatever their length."""
+
+    @model_validator(mode="after")
+    def holds_one(self) -> AudioData:
+        if self.batch_seconds is not None and self.batch_seconds < self.max_seconds:
+            raise ValueError(
+                f"data.batch_seconds={self.batch_seconds:g} holds no sound of data.max_seconds={self.max_seconds:g}; "
+                "raise it, or crop sounds to less"
+            )
+        return self
 
 
 class AudioSamples:
@@ -46,13 +60,34 @@ class AudioSamples:
         return frames * RATE // rate
 
     def attach(self, corpus: Corpus) -> None:
-        self.size = len(corpus)
+        self.unit_starts = corpus.shard_starts
 
-    def volume(self, corpus: Corpus, batch: int) -> tuple[float, float, str]:
-        """What a micro-batch holds on average, cropped to its shortest; what the corpus holds; and of what."""
-        longest = int(self.config.data.max_seconds * RATE)
-        shortest = expected_minimum(np.minimum(corpus.lengths, longest), batch)
-        return batch * shortest / RATE, float(corpus.lengths.sum(dtype=np.float64)) / RATE, "seconds"
+    @property
+    def longest(self) -> int:
+        return int(self.config.data.max_seconds * RATE)
+
+    def buckets(self, corpus: Corpus, shards: range) -> Buckets | None:
+        data = self.config.data
+        if data.batch_seconds is None:
+            return None
+        return Buckets(corpus.lengths, shards, int(data.batch_seconds * RATE), data.batch, self.longest)
+
+    def volume(self, corpus: Corpus, share: Share, batch: int) -> Volume:
+        """In seconds; a micro-batch is cropped to its shortest."""
+        shards = corpus.lengths.shards_of(share.first, share.size)
+        if share.buckets:
+            stored, heard, _ = share.buckets.filling()
+        else:
+            counts = corpus.lengths.count(shards, self.longest)
+            values = np.arange(len(counts))
+            stored, heard = values @ counts, share.size * expected_extremes(values, counts, batch)[0]
+        return Volume(
+            "seconds",
+            corpus.lengths.total(shards) / RATE,
+            heard / share.batches(batch) / RATE,
+            cropped=1 - heard / float(stored),
+            budget=self.config.data.batch_seconds,
+        )
 
     def decode(self, corpus: Corpus, unit: int) -> Tensor:
         """One whole sample as `prepare` takes it."""
@@ -76,7 +111,7 @@ class AudioSamples:
         return waveform
 
     def collate(self, waveforms: list[Tensor], draws: list[Draw]) -> Batch:
-        length = min(int(self.config.data.max_seconds * RATE), *(len(w) for w in waveforms))
+        length = min(self.longest, *(len(w) for w in waveforms))
         crops = [crop(w, length, generator(d, "crop")) for w, d in zip(waveforms, draws, strict=True)]
         frames = num_frames(length, self.config.conv_layers)
         views = draw_views(draws, [frames] * len(draws), self.config)
@@ -98,12 +133,6 @@ class AudioSamples:
         frames = [num_frames(len(w), self.config.conv_layers) for w in waveforms]
         padding = torch.arange(max(frames))[None] >= torch.tensor(frames)[:, None]
         return Batch("audio", source, padding if bool(padding.any()) else None)
-
-
-def expected_minimum(values: np.ndarray, number: int) -> float:
-    """The mean of the smallest of `number` of these values, drawn at random."""
-    above = (1 - np.arange(len(values) + 1) / len(values)) ** number  # that none is among the i smallest
-    return float(np.sort(values) @ (above[:-1] - above[1:]))
 
 
 def num_frames(samples: int, conv_layers: tuple[tuple[int, int, int], ...]) -> int:

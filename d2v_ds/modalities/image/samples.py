@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageEnhance, UnidentifiedImageError
 from pydantic import Field
 
-from d2v_ds.data import Corpus, Draw
+from d2v_ds.data import Corpus, Draw, Share, Volume
 from d2v_ds.modalities.source import StreamConfig, draw_views, generator, reason
 from d2v_ds.model.batch import Batch
 
@@ -44,11 +44,13 @@ class ImageSamples:
         self.fields = {"image": config.data.fields}
 
     def attach(self, corpus: Corpus) -> None:
-        self.size = len(corpus)
+        self.unit_starts = corpus.shard_starts
 
-    def volume(self, corpus: Corpus, batch: int) -> tuple[float, float, str]:
-        """What a micro-batch holds, what the corpus holds, and of what."""
-        return batch, self.size, "images"
+    def buckets(self, corpus: Corpus, shards: range) -> None:
+        """All are of one size."""
+
+    def volume(self, corpus: Corpus, share: Share, batch: int) -> Volume:
+        return Volume("images", share.size, batch)
 
     def decode(self, corpus: Corpus, unit: int) -> Image.Image:
         """One whole sample as `prepare` takes it."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from d2v_ds.modalities.text.samples import PAD, TextData
@@ -27,6 +27,15 @@ class TextConfig(ModalityConfig):
     embed_norm_eps: float = 1e-5
     """Of the embeddings alone; the released models', and others in files of transformers."""
     data: TextData = TextData()
+
+    @model_validator(mode="after")
+    def batch_holds_one(self) -> TextConfig:
+        if self.data.batch_tokens is not None and self.data.batch_tokens < self.max_tokens:
+            raise ValueError(
+                f"data.batch_tokens={self.data.batch_tokens} holds no text of max_tokens={self.max_tokens}; raise it, "
+                "or lower max_tokens"
+            )
+        return self
 
 
 class TokenEmbed(nn.Module):

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import PositiveInt, model_validator
 
-from d2v_ds.data import Corpus, Draw, TextBlocks
+from d2v_ds.data import Buckets, Corpus, Draw, Share, TextBlocks, Volume
+from d2v_ds.data.buckets import expected_extremes
 from d2v_ds.modalities.source import StreamConfig, draw_views, pad_stack
 from d2v_ds.modalities.text.tokenizer import BOS, EOS, PAD, load_tokenizer
 from d2v_ds.model.batch import Batch
@@ -22,6 +24,18 @@ class TextData(StreamConfig):
     """blocks: consecutive tokens of a shard, across documents; samples: one padded sequence a sample."""
     tokenizer: str = "sentencepiece.model"
     """Path of the sentencepiece model or tokenizer.json, as it is or inside the data folder."""
+    batch_tokens: PositiveInt | None = None
+    """Of mode=samples: a micro-batch holds texts of like length, as many as number x longest <= this, and at most
+    `batch`. None: `batch` of them, whatever their length."""
+
+    @model_validator(mode="after")
+    def has_lengths(self) -> TextData:
+        if self.batch_tokens is not None and self.mode == "blocks":
+            raise ValueError(
+                f"data.batch_tokens={self.batch_tokens} has no meaning with data.mode=blocks, which are of one length; "
+                "set data.batch, or data.mode=samples"
+            )
+        return self
 
 
 class TextSamples:
@@ -57,17 +71,31 @@ class TextSamples:
 
     def attach(self, corpus: Corpus) -> None:
         if self.config.data.mode == "samples":
-            self.size = len(corpus)
+            self.unit_starts = corpus.shard_starts
             return
-        self.blocks = TextBlocks.build(corpus.lengths, corpus.shard_starts, self.config.max_tokens - 1)
-        self.size = len(self.blocks)
+        self.blocks = TextBlocks.build(corpus.lengths, self.config.max_tokens - 1)
+        self.unit_starts = self.blocks.block_starts
 
-    def volume(self, corpus: Corpus, batch: int) -> tuple[float, float, str]:
-        """What a micro-batch holds on average, with each sequence's <s>; what the corpus holds; and of what."""
-        tokens = float(self.size * self.config.max_tokens)
-        if self.config.data.mode == "samples":
-            tokens = float(np.minimum(corpus.lengths.astype(np.int64) + 1, self.config.max_tokens).sum())
-        return batch * tokens / self.size, tokens, "tokens"
+    def buckets(self, corpus: Corpus, shards: range) -> Buckets | None:
+        data, longest = self.config.data, self.config.max_tokens - 1
+        if data.batch_tokens is None:
+            return None
+        return Buckets(corpus.lengths, shards, data.batch_tokens, data.batch, longest, extra=1)  # <s>
+
+    def volume(self, corpus: Corpus, share: Share, batch: int) -> Volume:
+        """In tokens, with each sequence's <s>; a micro-batch is padded to its longest."""
+        if self.config.data.mode == "blocks":
+            return Volume("tokens", share.size * self.config.max_tokens, batch * self.config.max_tokens)
+        if share.buckets:
+            stored, _, padded = share.buckets.filling()
+        else:
+            counts = corpus.lengths.count(
+                corpus.lengths.shards_of(share.first, share.size), self.config.max_tokens - 1
+            )
+            values = np.arange(len(counts)) + 1
+            stored, padded = values @ counts, share.size * expected_extremes(values, counts, batch)[1]
+        tokens = stored / share.batches(batch)
+        return Volume("tokens", float(stored), tokens, 1 - stored / padded, self.config.data.batch_tokens)
 
     def decode(self, corpus: Corpus, unit: int) -> str:
         """One whole sample as `prepare` takes it."""
