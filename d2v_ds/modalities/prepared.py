@@ -34,13 +34,31 @@ def as_tensor(x: Any, what: str) -> Tensor:
     """A tensor of numbers, on the CPU; arrays and lists of numbers are copied."""
     try:
         if isinstance(x, np.ndarray):
-            x = torch.from_numpy(np.array(x, order="C"))  # a copy: theirs may be read-only or reversed
+            x = torch.from_numpy(
+                np.array(x, native(x.dtype), order="C")
+            )  # theirs may be read-only or reversed
         tensor = torch.as_tensor(x).detach().cpu()
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise TypeError("it is sparse or quantized; give it dense")
+        if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):  # few operations know these
+            tensor = tensor.long()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{describe(x)} is no {what}: {error}") from error
     if tensor.dtype == torch.bool or tensor.is_complex():
         raise ValueError(f"{describe(x)} is no {what}: its numbers are {tensor.dtype}")
     return tensor
+
+
+def native(dtype: np.dtype) -> np.dtype:
+    """A type of numbers that torch has, in this machine's byte order."""
+    if dtype.kind == "f" and dtype.itemsize > 8:
+        return np.dtype(np.float64)
+    return dtype.newbyteorder("=")
+
+
+def as_bytes(x: Any) -> Any:
+    """bytes for what holds bytes."""
+    return bytes(x) if isinstance(x, (bytearray, memoryview)) else x
 
 
 def refuse_not_finite(tensor: Tensor, what: str) -> None:

@@ -120,8 +120,49 @@ def test_what_is_no_sound_of_one_channel_is_told(tmp_path):
     assert "x.wav: undecodable sound" in say("audio", tmp_path / "x.wav")
 
 
+def test_a_sound_too_loud_for_its_variance_is_told():
+    """In fp32 its features would be NaN, or zero: in arrays of any precision, files, and at other rates."""
+    for x in (WAVE * 1e19, (WAVE * 5e37).astype(np.float32), WAVE.astype(np.float64) * 1e300):
+        assert "must lie within -1e+15..1e+15; divide it by its largest" in say("audio", x)
+        assert "is no sound" in say("audio", x, 44_100)
+    for rate in (RATE, 44_100):
+        assert "values up to 1.5e+38 is no sound" in say(
+            "audio", wav(np.full(8000, 1.5e38, np.float32), rate)
+        )
+    with pytest.raises(ValueError, match="is no sound"):  # as training reads it: a bad sample
+        SAMPLES["audio"].prepare(torch.full((8000,), 1e30))
+    loud = row("audio", WAVE.astype(np.float64) * 1e14)
+    torch.testing.assert_close(
+        loud, F.layer_norm(torch.from_numpy(WAVE * 1e3), (8000,)), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_numbers_of_every_kind_are_read():
+    """As numpy has them, bytes of other kinds too; tensors that are no plain rows of numbers are told."""
+    pcm = (WAVE * 3000).round() + 20_000
+    expected = row("audio", pcm)
+    for kind in (">f4", "<f8", "f2", np.longdouble, np.uint16, ">i4", np.uint32, np.uint64):
+        torch.testing.assert_close(row("audio", pcm.astype(kind)), expected, rtol=2e-2, atol=2e-2)
+    for kind in (np.uint8, np.int8):
+        assert row("text", np.array([BOS, 7, EOS], kind)).tolist() == [BOS, 7, EOS]
+    for kind in (np.uint16, np.uint32, np.uint64, ">i8"):
+        ids = np.array([BOS, 700, EOS], kind)
+        assert row("text", ids).tolist() == [BOS, 700, EOS]
+    assert row("text", torch.tensor([BOS, 700, EOS]).to(torch.uint16)).tolist() == [BOS, 700, EOS]
+    assert "the model's vocabulary" in say("text", np.array([0, 2**63], np.uint64))
+    for kind in (bytes, bytearray, memoryview):
+        assert torch.equal(row("audio", kind(wav(WAVE))), row("audio", wav(WAVE)))
+        assert torch.equal(row("image", kind(png(PICTURE))), row("image", PICTURE))
+        assert torch.equal(row("text", kind(b"seven")), row("text", "seven"))
+    quantized = torch.quantize_per_tensor(torch.from_numpy(WAVE), 0.1, 0, torch.qint8)
+    for x in (torch.from_numpy(WAVE).to_sparse(), quantized):
+        assert "sparse or quantized" in say("audio", x)
+
+
 def test_a_rate_that_cannot_be_is_told():
-    for rate in (0, -1, 44.1, "44100", True):
+    assert "44099 has no common measure with 16000" in say("audio", WAVE, 44_099)
+    assert "999983 has no common measure" in say("audio", wav(WAVE, 999_983))
+    for rate in (0, -1, 44.1, "44100", True, 999, 1_000_001, float("nan"), float("inf")):
         assert f"rate={rate!r} must be a whole number" in say("audio", WAVE, rate)
     assert "a file, which says its own rate" in say("audio", wav(WAVE), 44_100)
     assert "rate=16000 belongs to sound" in say("image", Image.new("L", (3, 3)), RATE)
@@ -227,6 +268,13 @@ def test_what_is_no_image_is_told(tmp_path, caplog):
         assert say("image", x)
     (tmp_path / "x.png").write_bytes(png(PICTURE)[:60])
     assert "x.png: undecodable image" in say("image", tmp_path / "x.png")
+    assert "values up to 255 is not normalised" in say("image", np.full((3, 32, 32), 255.0))
+    for value in (1e38, 1e300):
+        assert "give pixels of 0..255 as uint8" in say("image", np.full((3, 32, 32), value))
+    assert "is empty" in say("image", Image.new("RGB", (0, 4)))
+    deep = Image.fromarray(np.full((4, 4), 70_000, np.int32))
+    assert "whole numbers 70000..70000 must lie in 0..65535" in say("image", deep)
+    assert "32-bit floats" in say("image", Image.fromarray(np.full((4, 4), np.nan, np.float32)))
     rows("image", torch.rand(3, 32, 32))
     assert "within 0..1" in caplog.text
 
@@ -260,6 +308,7 @@ def test_what_is_no_text_is_told():
     assert "there are -1..2" in say("text", torch.tensor([-1, 2]))
     assert "whole token ids" in say("text", [0.0, 1.5]) and "torch.bool" in say("text", torch.tensor([True]))
     assert "can't decode" in say("text", b"\xff\xfe\xfd")
+    assert "surrogates not allowed" in say("text", "half \ud800 a pair")
     for x in (None, 5, {"text": "a"}, [None], Image.new("L", (3, 3)), torch.zeros(0, dtype=torch.long)):
         assert say("text", x)
     assert "nowhere.txt is not there" in say("text", Path("nowhere.txt"))

@@ -139,6 +139,29 @@ def test_a_folder_is_embedded_with_its_folders_and_bad_files_are_listed(encoders
     assert (summary.rows, summary.bad) == (6, 2) and "2 could not be embedded" in str(summary)
 
 
+def test_files_of_values_out_of_range_are_listed_and_the_others_embedded(encoders, tmp_path):
+    """Sound of 1e38, NaN, rates that no filter reaches, deep and floating pixels: not one row that is not finite."""
+    (tmp_path / "sounds").mkdir()
+    values = {"a": noise(8000), "loud": noise(8000) * 5e37, "nan": np.full(8000, np.nan), "odd": noise(8000)}
+    for name, wave in values.items():
+        rate = 44_099 if name == "odd" else 16_000
+        soundfile.write(tmp_path / "sounds" / f"{name}.wav", wave.astype(np.float32), rate, subtype="FLOAT")
+    embed(encoders["audio"], tmp_path / "sounds", tmp_path / "s.parquet")
+    rows, bad = read(tmp_path / "s.parquet"), (tmp_path / "s.bad.jsonl").read_text().splitlines()
+    assert rows["key"] == ["a.wav"] and np.isfinite(rows["embedding"][0]).all()
+    reasons = {json.loads(line)["key"]: json.loads(line)["reason"] for line in bad}
+    assert list(reasons) == ["loud.wav", "nan.wav", "odd.wav"]
+    assert "divide it by its largest" in reasons["loud.wav"] and "not finite" in reasons["nan.wav"]
+    assert "no common measure" in reasons["odd.wav"]
+    (tmp_path / "pictures").mkdir()
+    picture(1).save(tmp_path / "pictures" / "a.png")
+    for name, kind, value in (("deep", np.int32, 70_000), ("float", np.float32, 0.5)):
+        Image.fromarray(np.full((9, 9), value, kind)).save(tmp_path / "pictures" / f"{name}.tif")
+    embed(encoders["image"], tmp_path / "pictures", tmp_path / "p.npy")
+    assert np.load(tmp_path / "p.npy").shape[0] == 1
+    assert (tmp_path / "p.bad.jsonl").read_text().count("\n") == 2
+
+
 def test_npy_holds_the_same_numbers_and_names_lie_beside_it(encoders, tmp_path):
     for name in ("e.parquet", "e.npy"):
         embed(encoders["image"], VALIDATION, tmp_path / name)

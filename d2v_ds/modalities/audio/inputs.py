@@ -9,9 +9,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from d2v_ds.modalities.audio.samples import RATE, AudioSamples, decode_sound, num_frames
+from d2v_ds.modalities.audio.samples import (
+    RATE,
+    AudioSamples,
+    check_loudness,
+    decode_sound,
+    num_frames,
+    resample,
+)
 from d2v_ds.modalities.prepared import (
     Prepared,
+    as_bytes,
     as_tensor,
     describe,
     is_number,
@@ -22,6 +30,7 @@ from d2v_ds.modalities.prepared import (
 )
 
 EXTENSIONS = ("flac", "wav", "ogg", "opus", "mp3", "aiff", "aif", "au")
+RATES = (1000, 1_000_000)
 WINDOW_SECONDS = 60.0
 """Longer sounds are encoded in windows: attention over an hour would need terabytes, and no recipe trains on
 more than 20 s at once."""
@@ -46,6 +55,7 @@ def prepare(samples: AudioSamples, item: Any, rate: int | None = None) -> Prepar
 
     Whole numbers are PCM: loudness does not matter, since a sound is normalised to zero mean and unit variance.
     """
+    item = as_bytes(item)
     if isinstance(item, (str, Path, bytes)):
         if rate is not None:
             raise ValueError(f"rate={rate} was given with a file, which says its own rate; leave it out")
@@ -65,13 +75,12 @@ def at_16_khz(waveform: Tensor, rate: int | None) -> Tensor:
             "or a batch of sounds of one channel, (sounds, samples)"
         )
     refuse_not_finite(waveform, "waveform")
-    if rate is None or rate == RATE:
-        return waveform.float()
-    if not is_number(rate) or rate != int(rate) or rate < 1:
-        raise ValueError(f"rate={rate!r} must be a whole number of samples per second, such as 44100")
-    from torchaudio.functional import resample  # slow to import, and most sounds are at 16 kHz
-
-    return resample(waveform.float(), int(rate), RATE)
+    check_loudness(waveform)  # before fp32, which would make it infinite
+    if rate is not None and not (is_number(rate) and rate % 1 == 0 and RATES[0] <= rate <= RATES[1]):
+        raise ValueError(
+            f"rate={rate!r} must be a whole number of samples per second, {RATES[0]} to {RATES[1]}, such as 44100"
+        )
+    return resample(waveform.float(), RATE if rate is None else int(rate))
 
 
 def noticed(samples: AudioSamples, row: Tensor) -> Prepared:

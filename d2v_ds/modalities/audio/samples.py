@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from d2v_ds.modalities.source import StreamConfig, draw_views, generator, pad_st
 from d2v_ds.model.batch import Batch
 
 RATE = 16_000
+LOUDEST = 1e15  # of PCM of 32 bits: 2e9; squares of larger values, and their sum, leave fp32
+MAX_TAPS = 10**8
 MAX_SECONDS = 3600  # a longer one, or a header that lies, would fill the memory of a worker
 
 
@@ -166,15 +169,38 @@ def decode_sound(data: bytes) -> Tensor:
     waveform = torch.from_numpy(samples.mean(axis=1))
     if not bool(torch.isfinite(waveform).all()):
         raise ValueError("sound with samples that are not finite")
-    if rate != RATE:
-        from torchaudio.functional import resample  # slow to import, and most corpora are at 16 kHz
+    return resample(waveform, rate)
 
-        waveform = resample(waveform, rate, RATE)
-    return waveform
+
+def resample(waveform: Tensor, rate: int) -> Tensor:
+    """At 16 kHz. ValueError for values and rates that cannot be computed with."""
+    check_loudness(waveform)
+    if rate == RATE:
+        return waveform
+    common = math.gcd(rate, RATE)
+    if rate // common * (RATE // common) > MAX_TAPS:
+        raise ValueError(
+            f"a rate of {rate} has no common measure with {RATE}: the filter between them would fill the memory; "
+            "resample it to a usual rate first, such as 44100 or 48000"
+        )
+    from torchaudio.functional import resample  # slow to import, and most corpora are at 16 kHz
+
+    return resample(waveform, rate, RATE)
+
+
+def check_loudness(waveform: Tensor) -> None:
+    """ValueError if a finite waveform is too loud for its variance to be."""
+    loudest = float(waveform.abs().max()) if waveform.numel() else 0.0
+    if LOUDEST < loudest < math.inf:
+        raise ValueError(
+            f"waveform with values up to {loudest:.2g} is no sound: they must lie within -{LOUDEST:g}..{LOUDEST:g}; "
+            "divide it by its largest"
+        )
 
 
 def normalise(waveform: Tensor) -> Tensor:
     """Zero mean and unit variance over the whole utterance, before any crop."""
+    check_loudness(waveform)
     return F.layer_norm(waveform, waveform.shape)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from d2v_ds.modalities.image.samples import ImageSamples, decode_image
 from d2v_ds.modalities.prepared import (
     Prepared,
+    as_bytes,
     as_tensor,
     describe,
     read_file,
@@ -24,6 +25,8 @@ from d2v_ds.modalities.prepared import (
 )
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+
+LARGEST = 20
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ def prepare(samples: ImageSamples, item: Any, rate: int | None = None) -> Prepar
     (3, size, size) and taken as already normalised.
     """
     refuse_rate(rate, "images")
+    item = as_bytes(item)
     if isinstance(item, (str, Path, bytes)):
         try:
             item = decode_image(item if isinstance(item, bytes) else read_file(item))
@@ -56,6 +60,7 @@ def prepare(samples: ImageSamples, item: Any, rate: int | None = None) -> Prepar
     pixels = as_tensor(item, "image")
     if pixels.is_floating_point():
         refuse_not_finite(pixels, "image")
+        check_range(pixels)
         row = samples.prepare(pixels.float())
         if bool((row >= 0).all()) and bool((row <= 1).all()):
             log.warning(
@@ -75,6 +80,16 @@ def prepare(samples: ImageSamples, item: Any, rate: int | None = None) -> Prepar
         layout = "(H, W) or (H, W, 3)" if is_array else "(3, H, W) or (1, H, W)"
         raise ValueError(f"image of shape {tuple(item.shape)} must be {layout}")
     return Prepared(samples.prepare(Image.fromarray(pixels.contiguous().numpy())))
+
+
+def check_range(pixels: Tensor) -> None:
+    """ValueError for floats that are no normalised pixels, which lie within some deviations of their mean."""
+    largest = float(pixels.abs().max()) if pixels.numel() else 0.0
+    if largest > LARGEST:
+        raise ValueError(
+            f"image of floats with values up to {largest:.3g} is not normalised (-{LARGEST}..{LARGEST}; ImageNet's "
+            "pixels lie within -3..3); give pixels of 0..255 as uint8, which are normalised here"
+        )
 
 
 def pieces(samples: ImageSamples, row: Tensor) -> list[Tensor]:

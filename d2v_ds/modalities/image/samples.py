@@ -124,10 +124,16 @@ def decode_image(data: bytes) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB; 16-bit grey is scaled, which Pillow's own conversion would clip to white."""
+    if not image.width or not image.height:
+        raise ValueError(f"image of {image.width}x{image.height} pixels is empty")
     if image.mode.startswith("I"):
-        image = Image.fromarray(
-            (np.asarray(image).astype(np.float64).clip(0, 65535) / 257).round().astype(np.uint8)
-        )
+        pixels = np.asarray(image).astype(np.float64)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError(
+                f"image of whole numbers {pixels.min():.0f}..{pixels.max():.0f} must lie in 0..65535; store it with "
+                "8 or 16 bits"
+            )
+        image = Image.fromarray((pixels / 257).round().astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("image of 32-bit floats has no defined range; store it as 8 or 16 bits")
     return image.convert("RGB")

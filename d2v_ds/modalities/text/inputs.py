@@ -11,6 +11,7 @@ from torch import Tensor
 
 from d2v_ds.modalities.prepared import (
     Prepared,
+    as_bytes,
     as_tensor,
     describe,
     is_number,
@@ -39,8 +40,7 @@ def prepare(samples: TextSamples, item: Any, rate: int | None = None) -> Prepare
     What is longer than the model reads is cut, with a notice.
     """
     refuse_rate(rate, "texts")
-    if isinstance(item, Path):
-        item = read_file(item)
+    item = read_file(item) if isinstance(item, Path) else as_bytes(item)
     if isinstance(item, (str, bytes)):
         ids = torch.tensor([BOS, *samples.encode(item)])
     else:
@@ -52,6 +52,7 @@ def prepare(samples: TextSamples, item: Any, rate: int | None = None) -> Prepare
 def check_ids(ids: Tensor, vocabulary: int) -> Tensor:
     if ids.is_floating_point() or ids.ndim != 1:
         raise ValueError(f"{describe(ids)} is no text; give a str, a Path, or whole token ids (T,)")
+    ids = ids.long()
     if not len(ids) or bool((ids < 0).any()) or bool((ids >= vocabulary).any()):
         span = f"{int(ids.min())}..{int(ids.max())}" if len(ids) else "none"
         raise ValueError(
@@ -61,7 +62,7 @@ def check_ids(ids: Tensor, vocabulary: int) -> Tensor:
     length = int(is_token.nonzero().max()) + 1 if bool(is_token.any()) else 0
     if not bool(is_token[:length].all()) or not length:
         raise ValueError(f"token ids may have <pad> ({PAD}) at their end alone, after at least one other")
-    return ids[:length].long()
+    return ids[:length]
 
 
 def pieces(samples: TextSamples, row: Tensor) -> list[Tensor]:

@@ -64,6 +64,7 @@ class TextSamples:
     def encode(self, text: bytes | str) -> list[int]:
         """Ids of one document, closed by </s>; ValueError if the bytes are no UTF-8 or hold no text."""
         text = text.decode() if isinstance(text, bytes) else text  # UnicodeDecodeError is a ValueError
+        text.encode()  # UnicodeEncodeError, of half a pair of surrogates, is one too
         ids = self.tokenizer.encode(text)
         if not ids:
             raise ValueError("document without any text")
