@@ -28,6 +28,7 @@ from torch import Tensor
 
 from d2v_ds.kernels.attention import Distance, attend, attend_reference, make_bias
 from d2v_ds.kernels.ema import follow, follow_reference
+from d2v_ds.kernels.regression import regress, regress_reference
 from d2v_ds.kernels.targets import make_targets, make_targets_reference
 
 RUNS = 20
@@ -35,6 +36,7 @@ AIMS = {
     "targets": "90 % of copy, 4x eager, 1.5x compile",
     "ema": "90 % of copy",
     "attention": "3x eager, 10 % of its memory",
+    "regression": "faster than compile, else use it",
 }
 
 
@@ -278,6 +280,38 @@ def bench_attention(bench: Bench) -> None:
         bench.add(row, lambda p=dropout: train(lambda x, d: attend(x, d, None, p)), baselines, tolerance=3e-2)
 
 
+def bench_regression(bench: Bench) -> None:
+    """Forward and backward of the loss at the masked positions, whose gathered targets plain torch copies."""
+    shapes = {"image base": (64, 16, 196, 157, 768), "audio base": (16, 8, 999, 500, 768)}
+    for name, (B, M, T, J, D) in shapes.items():
+        if bench.is_check:
+            B, M, T, J, D = 2, 2, 7, 3, 8
+        pred_NJD = torch.randn(B * M, J, D, device=bench.device).bfloat16().requires_grad_()
+        targets_BTD = torch.randn(B, T, D, device=bench.device)
+        masked_NJ = torch.rand(B * M, T, device=bench.device).argsort(dim=1)[:, :J].sort(dim=1).values
+
+        def train(function: Callable, inputs: tuple = (pred_NJD, targets_BTD, masked_NJ)) -> Tensor:
+            inputs[0].grad = None
+            loss = function(*inputs)
+            loss.backward()
+            return loss.detach()
+
+        ours, ours_grad = train(regress), pred_NJD.grad
+        truth, truth_grad = train(regress_reference), pred_NJD.grad
+        row = Row(
+            "regression",
+            f"{name}, forward + backward: B={B} M={M} T={T} J={J} D={D}",
+            max(relative(ours, truth), relative(ours_grad, truth_grad)),
+            bytes=(2 * (2 + 4) + 2) * B * M * J * D,
+        )
+        plain = compiled(regress_reference)
+        baselines = {
+            "eager": lambda f=train: f(regress_reference),
+            "compile": lambda f=train, g=plain: f(g),
+        }
+        bench.add(row, lambda f=train: f(regress), baselines, tolerance=1e-2)
+
+
 def format_row(row: Row) -> str:
     cells = [row.kernel, row.shape, f"{row.error:.0e}"]
     cells.append(f"{row.ms:.3f} ({row.spread_ms[0]:.3f} to {row.spread_ms[1]:.3f})")
@@ -353,6 +387,7 @@ def main() -> None:
     bench_targets(bench)
     bench_ema(bench)
     bench_attention(bench)
+    bench_regression(bench)
     facts = describe(bench, time.perf_counter() - started)
     if not arguments.check or arguments.out != parser.get_default("out"):
         write(facts, bench.rows, arguments.out)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from d2v_ds.kernels.regression import gather_targets, regress
 from d2v_ds.kernels.targets import make_targets
 from d2v_ds.model.batch import Batch
 from d2v_ds.model.decoder import Decoder, fill_in
@@ -51,13 +52,18 @@ class Output(NamedTuple):
     losses: dict[str, Tensor]
     """The summed parts of `loss` by name, detached."""
     pred_NJD: Tensor
-    target_NJD: Tensor
+    masked_NJ: Tensor
     counts_NJ: Tensor | None
     """Bool, which masked tokens count; None = all."""
     targets_BTD: Tensor
     """The targets of the whole samples, fp32."""
     observed: Observed | None
     """If `is_observed` was asked for."""
+
+    @property
+    def target_NJD(self) -> Tensor:
+        """The targets at the masked positions of every view; a copy, so made when asked for."""
+        return gather_targets(self.targets_BTD, self.masked_NJ)
 
 
 class Data2Vec(nn.Module):
@@ -130,16 +136,13 @@ class Data2Vec(nn.Module):
         hidden_NED = self.see_views(batch, local_BTD)  # student: M masked views
         pred_NJD = self.predict(batch, hidden_NED, noise_NJD)  # decoder: masked positions
 
-        rows = torch.arange(batch.masked_NJ.shape[0], device=pred_NJD.device)[:, None]
-        target_NJD = targets_BTD[rows // batch.clones, batch.masked_NJ]
         counts_NJ = self.counted(batch)
-        elements = regression(pred_NJD, target_NJD, config.loss)
-        if counts_NJ is not None:
-            elements = elements * counts_NJ[:, :, None]
+        beta, factor = config.loss.beta, config.loss.factor(pred_NJD.shape[2])
+        error = regress(pred_NJD, targets_BTD, batch.masked_NJ, counts_NJ, beta=beta, scale=factor)
         sample_size = (
-            elements.new_tensor(float(batch.masked_NJ.numel())) if counts_NJ is None else counts_NJ.sum()
+            error.new_full((), batch.masked_NJ.numel()) if counts_NJ is None else counts_NJ.sum().float()
         )
-        losses = {"regression": elements.sum()}
+        losses = {"regression": error}
         if config.loss.cls_weight:
             cls = regression(
                 hidden_NED[:, config.extra_tokens - 1], self.mean_target(batch, targets_BTD), config.loss
@@ -152,7 +155,7 @@ class Data2Vec(nn.Module):
             sample_size,
             {k: v.detach() for k, v in losses.items()},
             pred_NJD.detach(),
-            target_NJD,
+            batch.masked_NJ,
             counts_NJ,
             targets_BTD,
             self.observe(batch, observed_BTD, hidden_NED, local_BTD) if is_observed else None,

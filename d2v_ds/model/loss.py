@@ -23,12 +23,16 @@ class Loss(Config):
     weight: float = 1.0
     """Of this modality in a joint model."""
 
+    def factor(self, dim: int) -> float:
+        """On every element of vectors of `dim` channels."""
+        return dim**-0.5 if self.scale is None else self.scale
+
 
 def regression(pred: Tensor, target: Tensor, loss: Loss) -> Tensor:
-    """Elementwise loss (..., D) in fp32 (spec: summed over D and tokens, divided by the number of tokens)."""
+    """Elementwise loss (..., D) in fp32; of masked tokens its sum is wanted, d2v_ds.kernels.regression."""
     pred, target = pred.float(), target.float()
     if loss.beta == 0:
         value = F.mse_loss(pred, target, reduction="none")
     else:
         value = F.smooth_l1_loss(pred, target, reduction="none", beta=loss.beta)
-    return value * (pred.shape[-1] ** -0.5 if loss.scale is None else loss.scale)
+    return value * loss.factor(pred.shape[-1])

@@ -19,13 +19,12 @@ def bench(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_check_writes_every_row_of_the_aims(tmp_path: Path):
-    """Four shapes of targets whole and masked, two sizes of the average with and without a copy, attention."""
+    """Four shapes of targets whole and masked, two sizes of the average with and without a copy, attention, loss."""
     done = bench("--check", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
-    assert [row["kernel"] for row in rows] == ["targets", "targets, masked"] * 4 + ["ema"] * 4 + [
-        "attention"
-    ] * 2
+    kernels = ["targets", "targets, masked"] * 4 + ["ema"] * 4 + ["attention"] * 2 + ["regression"] * 2
+    assert [row["kernel"] for row in rows] == kernels
     assert all(row["error"] < 3e-2 and row["ms"] > 0 and row["baselines"]["eager"]["ms"] > 0 for row in rows)
     assert (tmp_path / "kernels.md").read_text().count("\n| ") == len(rows) + 1
 
