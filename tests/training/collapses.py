@@ -54,7 +54,7 @@ def micro_batch(
     local_BTD = torch.randn(samples, TOKENS, dim, generator=g)
     observed = Observed(sum(layers) / LAYERS, hidden_NKD, local_BTD)
     one = torch.ones(())
-    return batch, Output(one, one, {}, pred_NJD, target_NJD, None, targets_BTD, observed)
+    return batch, Output(one, one, {}, pred_NJD, batch.masked_NJ, None, targets_BTD, observed)
 
 
 def pad(batch: Batch, output: Output, lengths: list[int]) -> tuple[Batch, Output]:
@@ -65,6 +65,5 @@ def pad(batch: Batch, output: Output, lengths: list[int]) -> tuple[Batch, Output
     for x_BTD in (output.targets_BTD, output.observed.layers_BTD, output.observed.local_BTD):
         x_BTD[batch.padding_BT] = 1e6
     output.observed.hidden_NKD[padding_NT.gather(1, batch.keep_NK)] = 1e6
-    for x_NJD in (output.target_NJD, output.pred_NJD):
-        x_NJD[~counts_NJ] = 1e6
+    output.pred_NJD[~counts_NJ] = 1e6
     return batch, output._replace(counts_NJ=counts_NJ)
