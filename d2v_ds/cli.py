@@ -12,6 +12,9 @@ from d2v_ds import __version__
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train"]:  # its own parser: DeepSpeed's spellings and key=value overrides
+        from d2v_ds.training.signals import listen
+
+        listen()  # before the imports below, which take seconds
         from d2v_ds.engine.launch import end_process
         from d2v_ds.training.run import main as train_main
 

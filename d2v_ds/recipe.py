@@ -92,6 +92,8 @@ class Train(Config):
     """Share of unreadable samples above which a run stops."""
     timeout_minutes: float = 30.0
     """How long a rank waits for the others."""
+    stop_seconds: float = 150.0
+    """How long a run that was asked to stop may take to the end of its step; after that it leaves unsaved."""
 
 
 class Recipe(Config):
@@ -161,6 +163,7 @@ FREE = {
     "train.skip_limit",
     "train.max_bad_share",
     "train.timeout_minutes",
+    "train.stop_seconds",
 }
 
 

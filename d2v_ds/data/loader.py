@@ -268,6 +268,7 @@ def _init_worker(leaving: Any, _: int) -> None:
 
     But once it is leaving, SIGTERM is what multiprocessing ends them with; else it would wait for them for ever.
     """
+    signal.set_wakeup_fd(-1)  # a pipe of the main process, which must not take what comes here for its own
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.is_set() else None)

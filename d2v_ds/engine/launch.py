@@ -24,7 +24,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 def prepare_environment() -> tuple[int, int]:
     """Sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not; (rank, world)."""
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+    # NOTE: the shell of a batch script has SLURM_PROCID and SLURM_NTASKS too, but is no step
+    if "RANK" not in env and "SLURM_STEP_ID" in env and int(step_variable("NUM_TASKS", "NTASKS")) > 1:
         env.update(slurm_environment())
     env.setdefault("RANK", "0")
     env.setdefault("WORLD_SIZE", "1")
@@ -41,17 +42,20 @@ def prepare_environment() -> tuple[int, int]:
 
 def slurm_environment() -> dict[str, str]:
     """The variables that torch.distributed needs, from those that srun sets."""
-    env = os.environ
-    names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
-    rank, local_rank, world = (env[name] for name in names)
+    env, world = os.environ, step_variable("NUM_TASKS", "NTASKS")
     return {
-        "RANK": rank,
-        "LOCAL_RANK": local_rank,
+        "RANK": env["SLURM_PROCID"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
         "WORLD_SIZE": world,
-        "LOCAL_SIZE": re.split(r"[(,]", env.get("SLURM_TASKS_PER_NODE", world))[0],
-        "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(env["SLURM_JOB_NODELIST"]),
+        "LOCAL_SIZE": re.split(r"[(,]", step_variable("TASKS_PER_NODE", "TASKS_PER_NODE"))[0],
+        "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(step_variable("NODELIST", "JOB_NODELIST")),
         "MASTER_PORT": env.get("MASTER_PORT") or str(10_000 + int(env["SLURM_JOB_ID"]) % 50_000),
     }
+
+
+def step_variable(name: str, of_job: str) -> str:
+    """Of the step, which may have fewer tasks and nodes than its job."""
+    return os.environ.get(f"SLURM_STEP_{name}") or os.environ.get(f"SLURM_{of_job}") or "1"
 
 
 def first_host(nodelist: str) -> str:

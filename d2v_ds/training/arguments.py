@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from d2v_ds.training.codes import describe_codes
+
 DESCRIPTION = """\
 Pre-train a data2vec model.
 
@@ -12,13 +14,17 @@ Pre-train a data2vec model.
   torchrun --nproc_per_node 2 train.py --deepspeed zero2 --recipe image_tiny train.steps=1000
   python train.py --recipe audio_tiny
 
-A run that stopped goes on with the same command; a finished one says so."""
+A run that stopped goes on with the same command; a finished one says so. SIGTERM, SIGUSR1 or SIGINT once finishes
+the step and saves, a second one ends it at once."""
 
 EPILOG = """\
 overrides: any key of the recipe, for example
   out=DIR  data=DIR|'a{000..009}.tar'  seed=N  precision=auto|fp32|bf16|fp16  train.steps=N
   optim.lr=1e-3  modalities.image.data.batch=32  modalities.text.data.tokenizer=FILE
-`--print-recipe` shows all keys with their values. An unknown key is an error that names the nearest one."""
+`--print-recipe` shows all keys with their values. An unknown key is an error that names the nearest one.
+
+exit codes:
+"""
 
 
 @dataclass
@@ -33,7 +39,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description=DESCRIPTION,
-        epilog=EPILOG,
+        epilog=EPILOG + describe_codes(),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

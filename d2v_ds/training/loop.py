@@ -19,6 +19,8 @@ from d2v_ds.engine.ema import anneal
 from d2v_ds.engine.step import apply_step, one_reduction
 from d2v_ds.model.batch import Batch
 from d2v_ds.model.data2vec import Output
+from d2v_ds.training.agreement import meet
+from d2v_ds.training.codes import Stopped
 from d2v_ds.training.health import Health
 from d2v_ds.training.schedule import learning_rate
 
@@ -30,7 +32,6 @@ def train_step(run: Run, micro_batches: list[MicroBatch], report: Report) -> boo
     """One optimizer step; False if its gradients were not finite and it was skipped, on all ranks alike."""
     recipe, engine = run.recipe, run.engine
     set_learning_rate(engine, learning_rate(recipe.optim, run.step, recipe.train.steps))
-    report.sizes = count_targets(run, micro_batches)
 
     with one_reduction(engine):
         for micro in micro_batches:
@@ -52,9 +53,13 @@ def run_steps(run: Run) -> None:
     train = run.recipe.train
     run.engine.train()
     skipped, clock = 0, Clock()
-    for micro_batches in run.loader:
+    for micro_batches in run.signals.until_asked(run.loader):
         clock.got_data()
-        report = Report(run.step == run.first_step or is_due(run.step + 1, train.log_every, train.steps))
+        sizes = meet(run, micro_batches)
+        if sizes is None:
+            stop(run)
+        is_wanted = run.step == run.first_step or is_due(run.step + 1, train.log_every, train.steps)
+        report = Report(is_wanted, sizes)
         skipped = 0 if train_step(run, micro_batches, report) else skipped + 1
         clock.did_step()
         record_faults(run, micro_batches)
@@ -81,21 +86,14 @@ def prepare(run: Run, micro: MicroBatch) -> Batch:
     return dataclasses.replace(batch, layerdrop_seed=seed_of(seed, "layerdrop", run.step, micro.modality))
 
 
-def count_targets(run: Run, micro_batches: list[MicroBatch]) -> dict[str, Tensor]:
-    """Masked tokens of each modality in this step, over all ranks and micro-batches."""
-    names = sorted(run.recipe.modalities)
-    counts = dict.fromkeys(names, 0.0)
-    for micro in micro_batches:
-        counts[micro.modality] += num_targets(micro.batch, run.recipe.fairseq_compat)
-    total = torch.tensor([counts[name] for name in names], dtype=torch.float64, device=run.device)
-    dist.all_reduce(total)
-    return dict(zip(names, total, strict=True))
-
-
-def num_targets(batch: Batch, fairseq_compat: bool) -> int:
-    if batch.padding_BT is None or fairseq_compat:
-        return batch.masked_NJ.numel() if batch.counted_NJ is None else int(batch.counted_NJ.sum())
-    return int((batch.mask_NT & ~batch.padding_BT.repeat_interleave(batch.clones, dim=0)).sum())
+def stop(run: Run) -> None:
+    """Between two steps, on all ranks, because one was asked to."""
+    if run.step > run.saved:
+        run.save()
+    run.signals.phase = "leaving"
+    raise Stopped(
+        f"stopped after step {run.step} of {run.recipe.train.steps}; the same command goes on from there"
+    )
 
 
 def scale(run: Run, modality: str, sizes: dict[str, Tensor]) -> Tensor:
@@ -116,9 +114,8 @@ def is_due(step: int, every: int, last: int) -> bool:
 class Report:
     """Sums over the micro-batches of a step that will be logged."""
 
-    def __init__(self, is_wanted: bool):
-        self.is_wanted = is_wanted
-        self.sizes: dict[str, Tensor] = {}
+    def __init__(self, is_wanted: bool, sizes: dict[str, Tensor]):
+        self.is_wanted, self.sizes = is_wanted, sizes
         self.health = Health()
         self.sums: dict[str, Tensor] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -27,10 +28,13 @@ from d2v_ds.engine.start import put_weights
 from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import Recipe, is_free, load_recipe, write_yaml
+from d2v_ds.training.agreement import agree, settings, together
 from d2v_ds.training.arguments import parse_arguments
+from d2v_ds.training.codes import FAILED, LOST, MISTAKE, STOPPED, Stopped, record_code
 from d2v_ds.training.init import Start, read_start
 from d2v_ds.training.log import Log
 from d2v_ds.training.loop import Diverged, run_steps
+from d2v_ds.training.signals import Signals, leave_now, listen, stop_listening, tell
 from d2v_ds.training.volume import describe_volume
 
 
@@ -56,6 +60,11 @@ class Run:
     """Updates of `init` besides these."""
     log: Log | None
     faults: FaultLog
+    signals: Signals
+    identity: dict[str, Any]
+    """What is equal on all ranks throughout."""
+    saved: int
+    """Steps done when it was last saved."""
     loader: StepLoader | None = None
 
     @property
@@ -81,9 +90,11 @@ class Run:
             "recipe_hash": self.recipe.hash(),
             "data": fingerprints(self.sources),
         }
+        self.signals.phase = "saving"
         path = checkpoints.save(
             self.engine, self.ema, self.folder, self.step, loop, self.recipe.train.keep_checkpoints
         )
+        self.signals.phase, self.saved = "running", self.step
         self.say(f"saved {path}")
 
 
@@ -114,7 +125,7 @@ def train(
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """The command line: exit code 2 and one message for a user's mistake, 1 for a run that cannot go on.
+    """The command line; the exit codes are those of `codes.py`, with one message each.
 
     Errors of the command itself are told by one rank of each machine, those of a started run by each that has one.
     """
@@ -125,13 +136,41 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
             return 0
         train_recipe(recipe, arguments.deepspeed)
+    except Stopped as stopped:
+        leave_together(stopped)
+    except SystemExit:
+        raise
     except (ValueError, OSError, DataError, Diverged) as error:
         if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
             rank = os.environ.get("RANK", "0")
             whose = "error" if rank == "0" else f"error (rank {rank})"
             print(f"{whose}: {without_traceback(error)}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+        return record_code(MISTAKE if isinstance(error, ValueError) else FAILED)
+    except BaseException as error:
+        if not is_lost_rank(error):
+            record_code(FAILED)
+            raise
+        tell(f"error: another rank was lost, its own message says why ({str(error).splitlines()[0]})")
+        leave_now(LOST)
+    finally:
+        stop_listening()
+    return record_code(0)
+
+
+def leave_together(stopped: Stopped) -> None:
+    """At once and without Python's slow end, since a launcher kills the others when the first has left."""
+    if os.environ["RANK"] == "0":
+        print(stopped, flush=True)
+    with contextlib.suppress(RuntimeError):
+        dist.barrier()
+    leave_now(STOPPED)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether it comes from a collective that other ranks left; gloo has no class for that."""
+    return isinstance(error, dist.DistError) or any(
+        text in str(error) for text in ("gloo", "Connection closed by peer")
+    )
 
 
 def without_traceback(error: Exception) -> str:
@@ -143,6 +182,15 @@ def without_traceback(error: Exception) -> str:
 
 
 def train_recipe(recipe: Recipe, deepspeed: str | None) -> Path:
+    signals = listen()
+    try:
+        return train_until_asked(recipe, deepspeed, signals)
+    finally:
+        if signals.phase != "leaving":
+            stop_listening()
+
+
+def train_until_asked(recipe: Recipe, deepspeed: str | None, signals: Signals) -> Path:
     rank, world = prepare_environment()
     if recipe.folder.exists() and not recipe.folder.is_dir():
         raise ValueError(f"out={recipe.folder} is a file, must be a folder for the run; set another out=")
@@ -160,14 +208,15 @@ def train_recipe(recipe: Recipe, deepspeed: str | None) -> Path:
     )
     check_ranks(recipe, world)
     device = start_distributed(world, recipe.train.timeout_minutes)
+    agree(settings(recipe))
     start, problems = choose_checkpoint(recipe.folder)
     if rank == 0:
         for problem in problems:
             print(f"warning: {problem}; taking an older checkpoint", file=sys.stderr, flush=True)
     saved = checkpoints.Checkpoint(start) if start else None
     if saved:
-        check_same_recipe(recipe, saved)
-        recipe = check_same_init(recipe, saved)
+        together(lambda: check_same_recipe(recipe, saved))
+        recipe = together(lambda: check_same_init(recipe, saved))
         if saved.loop["step"] >= recipe.train.steps:
             if rank == 0:
                 print(
@@ -178,18 +227,12 @@ def train_recipe(recipe: Recipe, deepspeed: str | None) -> Path:
             return recipe.folder
     sources = open_sources(recipe, rank)
     if saved:
-        check_same_data(sources, saved)
-    begin = Start() if saved else read_start_together(recipe)
-    agree(
-        {
-            "recipe": recipe.hash(),
-            "data": fingerprints(sources),
-            "steps": recipe.train.steps,
-            "checkpoint": str(start),
-            "init": begin.fingerprint(),
-        }
-    )
-    run = build_run(recipe, ds_config, sources, saved, begin, device, rank, world)
+        together(lambda: check_same_data(sources, saved))
+    begin = Start() if saved else together(lambda: read_start(recipe))
+    identity = {"recipe": recipe.hash(), "data": fingerprints(sources)}
+    agree({**identity, "checkpoint": str(start), "init": begin.fingerprint()})
+    run = build_run(recipe, ds_config, sources, saved, begin, device, rank, world, signals, identity)
+    signals.phase, signals.patience = "running", recipe.train.stop_seconds
     run_steps(run)
     return recipe.folder
 
@@ -250,21 +293,6 @@ def check_same_init(recipe: Recipe, saved: checkpoints.Checkpoint) -> Recipe:
     return recipe.model_copy(update={"init": began_from})
 
 
-def read_start_together(recipe: Recipe) -> Start:
-    """What all ranks start from; an error of one reaches all."""
-    start, problem = Start(), None
-    try:
-        start = read_start(recipe)
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for text in problems:
-        if text:
-            raise ValueError(text)
-    return start
-
-
 def open_sources(recipe: Recipe, rank: int) -> list[Source]:
     """Rank 0 builds what is missing of the index, then all read it; an error of rank 0 reaches all."""
     outcome: list[str | None] = [None]
@@ -277,7 +305,11 @@ def open_sources(recipe: Recipe, rank: int) -> list[Source]:
     dist.broadcast_object_list(outcome)
     if outcome[0]:
         raise ValueError(outcome[0])
-    return sources or [open_source(name, config, recipe.data) for name, config in recipe.modalities.items()]
+    return together(
+        lambda: (
+            sources or [open_source(name, config, recipe.data) for name, config in recipe.modalities.items()]
+        )
+    )
 
 
 def fingerprints(sources: list[Source]) -> dict[str, str]:
@@ -294,19 +326,6 @@ def check_same_data(sources: list[Source], saved: checkpoints.Checkpoint) -> Non
             )
 
 
-def agree(facts: dict[str, Any]) -> None:
-    """All ranks must be about to do the same: an error now instead of a hang later."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, facts)
-    for rank, other in enumerate(everyone):
-        for key, value in facts.items():
-            if other[key] != value:
-                raise ValueError(
-                    f"rank {rank} has {key} {other[key]}, rank {dist.get_rank()} has {value}; "
-                    "all ranks must see the same command, files and checkpoints"
-                )
-
-
 def build_run(
     recipe: Recipe,
     ds_config: dict[str, Any],
@@ -316,6 +335,8 @@ def build_run(
     device: torch.device,
     rank: int,
     world: int,
+    signals: Signals,
+    identity: dict[str, Any],
 ) -> Run:
     torch.manual_seed(recipe.seed)  # equal on all ranks: so are the fresh weights
     model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat)
@@ -345,7 +366,7 @@ def build_run(
     faults = FaultLog(recipe.folder / "quarantine.jsonl", recipe.train.max_bad_share)
     run = Run(
         recipe, engine, ema, plan, sources, device, rank, world,
-        step, applied, first_step, updates_before, log, faults,
+        step, applied, first_step, updates_before, log, faults, signals, identity, step,
     )  # fmt: skip
     run.loader = StepLoader(sources, plan, rank, world, step, recipe.train.steps, recipe.train.workers)
     introduce(run, ds_config, saved)

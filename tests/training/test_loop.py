@@ -13,7 +13,7 @@ from d2v_ds.model.decoder import DecoderConfig
 from d2v_ds.model.layers import Body
 from d2v_ds.model.masking import Mask
 from d2v_ds.model.targets import Target
-from d2v_ds.training.loop import num_targets
+from d2v_ds.training.agreement import num_targets
 
 
 @pytest.mark.parametrize("compat", [False, True])
