@@ -29,7 +29,7 @@ from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import Recipe, is_free, load_recipe, write_yaml
 from d2v_ds.training.agreement import agree, settings, together
-from d2v_ds.training.arguments import parse_arguments
+from d2v_ds.training.arguments import Arguments, parse_arguments
 from d2v_ds.training.codes import FAILED, LOST, MISTAKE, STOPPED, Stopped, record_code
 from d2v_ds.training.init import Start, read_start
 from d2v_ds.training.log import Log
@@ -129,7 +129,16 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
     Errors of the command itself are told by one rank of each machine, those of a started run by each that has one.
     """
-    arguments = parse_arguments(argv, prog)
+    try:
+        return run_command(parse_arguments(argv, prog))
+    except SystemExit as end:  # --help, or a wrong argument
+        record_code(end.code)
+        raise
+    finally:
+        stop_listening()
+
+
+def run_command(arguments: Arguments) -> int:
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         if arguments.print_recipe:
@@ -138,8 +147,6 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         train_recipe(recipe, arguments.deepspeed)
     except Stopped as stopped:
         leave_together(stopped)
-    except SystemExit:
-        raise
     except (ValueError, OSError, DataError, Diverged) as error:
         if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
             rank = os.environ.get("RANK", "0")
@@ -152,8 +159,6 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             raise
         tell(f"error: another rank was lost, its own message says why ({str(error).splitlines()[0]})")
         leave_now(LOST)
-    finally:
-        stop_listening()
     return record_code(0)
 
 
