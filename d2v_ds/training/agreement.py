@@ -57,7 +57,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return {
         key: value
         for key, value in dotted_keys(recipe).items()
-        if key not in LOCAL and not key.endswith(".data.shards")
+        if key not in LOCAL and not key.endswith((".data.shards", ".data.corpora"))
     }
 
 
