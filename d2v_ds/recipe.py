@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import (
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -96,6 +97,24 @@ class Train(Config):
     """How long a run that was asked to stop may take to the end of its step; after that it leaves unsaved."""
 
 
+class Health(Config):
+    """What a run does when its targets or features stop carrying anything (docs/health.md)."""
+
+    on_collapse: Literal["warn", "stop", "rollback"] = "warn"
+    """warn: say it and go on. stop: end with an error (exit code 3). rollback: go on from the last checkpoint that was
+    healthy, with `rollback_lr` times the learning rate."""
+    patience: PositiveInt = 2
+    """Logged steps in a row that must say the same before it counts."""
+    max_rollbacks: PositiveInt = 3
+    """After so many a run stops."""
+    rollback_lr: float = Field(0.5, gt=0, le=1)
+    """Factor on the learning rate at each rollback."""
+    min_target_var: NonNegativeFloat = 0.1
+    """As in the original: after 5,000 updates a run ends when the targets' standard deviation is below; 0 = never."""
+    min_pred_var: NonNegativeFloat = 0.01
+    """The same of predictions."""
+
+
 class Recipe(Config):
     name: str
     modalities: dict[str, SerializeAsAny[ModalityConfig]]
@@ -103,6 +122,7 @@ class Recipe(Config):
     ema: EMA = EMA()
     optim: Optim = Optim()
     train: Train = Train()
+    health: Health = Health()
     data: str = "shards/sample"
     """Folder of shards, or a pattern: a{000..123}.tar, *.tar, several joined by `::`."""
     out: str | None = None
@@ -164,6 +184,11 @@ FREE = {
     "train.max_bad_share",
     "train.timeout_minutes",
     "train.stop_seconds",
+    "health.on_collapse",
+    "health.patience",
+    "health.max_rollbacks",
+    "health.min_target_var",
+    "health.min_pred_var",
 }
 
 

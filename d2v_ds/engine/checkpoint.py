@@ -46,8 +46,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # ---- writing -------------------------------------------------------------------------------------------------
 
 
-def save(engine: Any, ema: TeacherEMA, run: Path, step: int, loop: dict[str, Any], keep: int) -> Path:
-    """Commits the state after `step` steps; all ranks call it. Returns the checkpoint's folder.
+def save(
+    engine: Any,
+    ema: TeacherEMA,
+    run: Path,
+    step: int,
+    loop: dict[str, Any],
+    keep: int,
+    spared: Path | None = None,
+) -> Path:
+    """Commits the state after `step` steps; all ranks call it. Returns the checkpoint's folder. Of older checkpoints
+    it keeps `keep` with this one, and the one that is `spared`.
 
     Raises OSError on all ranks if any of them could not write; the previous checkpoint is untouched.
     """
@@ -82,7 +91,7 @@ def save(engine: Any, ema: TeacherEMA, run: Path, step: int, loop: dict[str, Any
             },
         )
         commit(temporary, final)
-        prune(run, keep)
+        prune(run, keep, spared)
     dist.barrier()
     return final
 
@@ -189,9 +198,10 @@ def fsync_folder(folder: Path) -> None:
     os.close(descriptor)
 
 
-def prune(run: Path, keep: int) -> None:
+def prune(run: Path, keep: int, spared: Path | None = None) -> None:
     for old in checkpoints(run)[max(keep, 1) :]:
-        shutil.rmtree(old)
+        if old != spared:
+            shutil.rmtree(old)
 
 
 # ---- finding -------------------------------------------------------------------------------------------------
@@ -296,7 +306,8 @@ class Checkpoint:
 
 @torch.no_grad()
 def load(engine: Any, ema: TeacherEMA, checkpoint: Checkpoint, applied_steps: int) -> None:
-    """Puts weights, moments, teacher and counters of a checkpoint into a fresh engine, of any size and stage."""
+    """Puts weights, moments, teacher and counters of a checkpoint into an engine, of any size and stage: a fresh one,
+    or one that goes back."""
     check_same_model(engine, checkpoint)
     optimizer = base_optimizer(engine)
     for f in fragments(engine):
@@ -304,8 +315,8 @@ def load(engine: Any, ema: TeacherEMA, checkpoint: Checkpoint, applied_steps: in
         if applied_steps:
             state = optimizer.state[f.flat]
             if not state:
-                state["step"] = torch.tensor(float(applied_steps), device=f.flat.device)
                 state.update({moment: torch.zeros_like(f.flat) for moment in MOMENTS})
+            state["step"] = torch.tensor(float(applied_steps), device=f.flat.device)
             for moment in MOMENTS:
                 f.of(state[moment]).copy_(checkpoint.read(moment, f.name, f.start, f.numel))
     for name, start, value in ema.to_restore():

@@ -301,10 +301,11 @@ class Health:
                 covariances.append((prefix + "rank", place.rank.covariance()))
             values |= {f"{name}/{key}": value for key, value in part.spread.values().items()}
         ranks = effective_rank(torch.stack([c for _, c in covariances]).cpu())
-        numbers = torch.stack(list(values.values())).tolist()  # one wait for the device
-        return dict(zip(values, numbers, strict=True)) | dict(
-            zip([key for key, _ in covariances], ranks.tolist(), strict=True)
-        )
+        for (key, _), rank in zip(covariances, ranks, strict=True):
+            values[key] = rank.to(values[key].device)
+        numbers = torch.stack(list(values.values()))
+        dist.broadcast(numbers, 0)  # equal to the bit, so all ranks decide the same
+        return dict(zip(values, numbers.tolist(), strict=True))
 
 
 def reduce_sums(parts: list[Sums]) -> None:

@@ -22,11 +22,19 @@ class Log:
         self.started, self.first_step = time.perf_counter(), first_step
 
     def step(
-        self, step: int, metrics: dict[str, float], health: dict[str, float], samples_per_second: float
+        self,
+        step: int,
+        metrics: dict[str, float],
+        health: dict[str, float],
+        verdicts: dict[str, str],
+        samples_per_second: float,
     ) -> None:
-        """Everything about step number `step` (1-based)."""
+        """Everything about step number `step` (1-based); `verdicts`: of each modality, in a word."""
         append(self.folder / "metrics.jsonl", {"step": step, **metrics})
-        append(self.folder / "health.jsonl", {"step": step, **health})
+        append(
+            self.folder / "health.jsonl",
+            {"step": step, **health, **{f"{name}/verdict": word for name, word in verdicts.items()}},
+        )
         for key, value in (metrics | health).items():
             self.writer.add_scalar(key, value, step)
         self.writer.flush()

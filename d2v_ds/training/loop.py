@@ -21,6 +21,7 @@ from d2v_ds.model.batch import Batch
 from d2v_ds.model.data2vec import Output
 from d2v_ds.training.agreement import meet
 from d2v_ds.training.codes import Stopped
+from d2v_ds.training.guard import respond, roll_back, steps_of
 from d2v_ds.training.health import Health
 from d2v_ds.training.schedule import learning_rate
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 def train_step(run: Run, micro_batches: list[MicroBatch], report: Report) -> bool:
     """One optimizer step; False if its gradients were not finite and it was skipped, on all ranks alike."""
     recipe, engine = run.recipe, run.engine
-    set_learning_rate(engine, learning_rate(recipe.optim, run.step, recipe.train.steps))
+    set_learning_rate(engine, run.lr_scale * learning_rate(recipe.optim, run.step, recipe.train.steps))
 
     with one_reduction(engine):
         for micro in micro_batches:
@@ -53,7 +54,7 @@ def run_steps(run: Run) -> None:
     train = run.recipe.train
     run.engine.train()
     skipped, clock = 0, Clock()
-    for micro_batches in run.signals.until_asked(run.loader):
+    for micro_batches in run.signals.until_asked(steps_of(run)):
         clock.got_data()
         sizes = meet(run, micro_batches)
         if sizes is None:
@@ -63,10 +64,10 @@ def run_steps(run: Run) -> None:
         skipped = 0 if train_step(run, micro_batches, report) else skipped + 1
         clock.did_step()
         record_faults(run, micro_batches)
-        if skipped:
-            complain(run, skipped)
         if report.is_wanted:
             write_log(run, report, clock)
+        if skipped:
+            complain(run, skipped)
         if is_due(run.step, train.save_every, train.steps):
             run.save()
         clock.start()
@@ -178,16 +179,20 @@ class Diverged(RuntimeError):
 def complain(run: Run, skipped: int) -> None:
     """A step without finite gradients: say which, and stop after too many in a row."""
     run.say(f"warning: step {run.step} was skipped, its gradients are not finite ({skipped} in a row)")
-    if skipped >= run.recipe.train.skip_limit:
+    limit = run.recipe.train.skip_limit
+    if skipped % limit == 0 and run.recipe.health.on_collapse == "rollback":
+        roll_back(run, f"{limit} steps in a row had gradients that are not finite (train.skip_limit={limit})")
+    elif skipped >= limit:
         raise Diverged(
             f"{skipped} steps in a row had gradients that are not finite (train.skip_limit="
-            f"{run.recipe.train.skip_limit}); lower optim.lr or set precision=fp32, and start again: "
+            f"{limit}); lower optim.lr or set precision=fp32, and start again: "
             "the run goes on from its last checkpoint"
         )
 
 
 def write_log(run: Run, report: Report, clock: Clock) -> None:
     losses, health = report.losses(), report.health.values()
+    changed = run.watch.look(health)
     recipe, engine = run.recipe, run.engine
     rate = run.plan.samples_a_step() * clock.steps / clock.total
     norm = engine.get_global_grad_norm()
@@ -201,5 +206,6 @@ def write_log(run: Run, report: Report, clock: Clock) -> None:
         "data_wait_share": clock.waited / clock.total,
     }
     if run.log:
-        run.log.step(run.step, metrics, health, rate)
+        run.log.step(run.step, metrics, health, run.watch.verdicts(), rate)
+    respond(run, changed, health)
     clock.reset()

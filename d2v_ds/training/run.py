@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,13 @@ from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import Recipe, is_free, load_recipe, write_yaml
 from d2v_ds.training.agreement import agree, settings, together
 from d2v_ds.training.arguments import Arguments, parse_arguments
-from d2v_ds.training.codes import FAILED, LOST, MISTAKE, STOPPED, Stopped, record_code
+from d2v_ds.training.codes import COLLAPSED, FAILED, LOST, MISTAKE, STOPPED, Stopped, record_code
+from d2v_ds.training.guard import Collapsed, newest_healthy
 from d2v_ds.training.init import Start, read_start
 from d2v_ds.training.log import Log
 from d2v_ds.training.loop import Diverged, run_steps
 from d2v_ds.training.signals import Signals, leave_now, listen, stop_listening, tell
+from d2v_ds.training.verdict import Watch
 from d2v_ds.training.volume import describe_volume
 
 
@@ -65,6 +67,10 @@ class Run:
     """What is equal on all ranks throughout."""
     saved: int
     """Steps done when it was last saved."""
+    watch: Watch
+    lr_scale: float = 1.0
+    """What rollbacks have left of the recipe's learning rate."""
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
     loader: StepLoader | None = None
 
     @property
@@ -81,7 +87,9 @@ class Run:
             print(text, flush=True)
 
     def save(self) -> None:
-        """Commits a checkpoint; all ranks call it."""
+        """Commits a checkpoint, once a step; all ranks call it."""
+        if self.step == self.saved:
+            return
         loop = {
             "applied_steps": self.applied,
             "first_step": self.first_step,
@@ -89,10 +97,20 @@ class Run:
             "recipe": self.recipe.model_dump(mode="json"),
             "recipe_hash": self.recipe.hash(),
             "data": fingerprints(self.sources),
+            "is_healthy": self.watch.is_firm,
+            "lr_scale": self.lr_scale,
+            "rollbacks": self.rollbacks,
         }
         self.signals.phase = "saving"
+        goes_back = self.rank == 0 and self.recipe.health.on_collapse == "rollback"
         path = checkpoints.save(
-            self.engine, self.ema, self.folder, self.step, loop, self.recipe.train.keep_checkpoints
+            self.engine,
+            self.ema,
+            self.folder,
+            self.step,
+            loop,
+            self.recipe.train.keep_checkpoints,
+            spared=newest_healthy(self.folder, self.step) if goes_back else None,
         )
         self.signals.phase, self.saved = "running", self.step
         self.say(f"saved {path}")
@@ -147,12 +165,13 @@ def run_command(arguments: Arguments) -> int:
         train_recipe(recipe, arguments.deepspeed)
     except Stopped as stopped:
         leave_together(stopped)
-    except (ValueError, OSError, DataError, Diverged) as error:
+    except (ValueError, OSError, DataError, Diverged, Collapsed) as error:
         if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
             rank = os.environ.get("RANK", "0")
             whose = "error" if rank == "0" else f"error (rank {rank})"
             print(f"{whose}: {without_traceback(error)}", file=sys.stderr, flush=True)
-        return record_code(MISTAKE if isinstance(error, ValueError) else FAILED)
+        is_mistake, is_collapse = isinstance(error, ValueError), isinstance(error, Collapsed)
+        return record_code(MISTAKE if is_mistake else COLLAPSED if is_collapse else FAILED)
     except BaseException as error:
         if not is_lost_rank(error):
             record_code(FAILED)
@@ -372,7 +391,10 @@ def build_run(
     run = Run(
         recipe, engine, ema, plan, sources, device, rank, world,
         step, applied, first_step, updates_before, log, faults, signals, identity, step,
+        Watch(recipe.health.patience),
     )  # fmt: skip
+    if saved:
+        run.lr_scale, run.rollbacks = saved.loop.get("lr_scale", 1.0), saved.loop.get("rollbacks", [])
     run.loader = StepLoader(sources, plan, rank, world, step, recipe.train.steps, recipe.train.workers)
     introduce(run, ds_config, saved)
     for note in begin.notes:

@@ -33,23 +33,68 @@ class Finding:
 HEALTHY = Finding("healthy")
 
 
-def judge(values: Mapping[str, float]) -> Finding:
+def judge(values: Mapping[str, float], margin: float = 1.0) -> Finding:
     """The verdict on one modality's numbers, named as d2v_ds.training.health names them, without the modality.
 
-    The first that fits: what is constant has no content and no rank either.
+    The first that fits: what is constant has no content and no rank either. `margin`: how many times the least
+    content and spread it takes to be healthy.
     """
     odd = [key for key, value in values.items() if not math.isfinite(value) and not key.endswith("content")]
     if odd:
         return Finding("diverging", f"{odd[0]} is {values[odd[0]]}")
     for key in ("token_spread", "encoder_token_spread"):
-        if values[key] < LEAST_TOKEN_SPREAD:
+        if values[key] < margin * LEAST_TOKEN_SPREAD:
             return Finding("constant", f"{key} {values[key]:.1e} is below {LEAST_TOKEN_SPREAD:g}")
     if values["explained"] < LEAST_EXPLAINED:
         return Finding("diverging", f"explained {values['explained']:.1f} is below {LEAST_EXPLAINED:g}")
     for key, least in (("content", LEAST_CONTENT), ("encoder_content", LEAST_ENCODER_CONTENT)):
-        if values[key] < least:  # not a number (every position was seen once) says nothing
+        if values[key] < margin * least:  # not a number (every position was seen once) says nothing
             return Finding("position-only", f"{key} {values[key]:.4f} is below {least:g}")
     for key, least in (("rank", LEAST_RANK), ("encoder_rank", LEAST_ENCODER_RANK)):
         if values[key] < least:
             return Finding("low-rank", f"{key} {values[key]:.1f} is below {least:g}")
     return HEALTHY
+
+
+class Watch:
+    """The verdicts of a run so far. One counts when `patience` looks in a row were sick, or were healthy."""
+
+    def __init__(self, patience: int):
+        self.patience = patience
+        self.latest: dict[str, Finding] = {}
+        """Of the last look, by modality."""
+        self.since: dict[str, int] = {}
+        """Looks in a row that were as healthy, or as sick, as the last."""
+        self.told: dict[str, Verdict] = {}
+        self.is_firm = False
+        """Every modality was healthy in the last look, with twice the content and spread that it takes: a place to go
+        back to."""
+
+    def look(self, health: Mapping[str, float]) -> dict[str, Finding]:
+        """Judges every modality of `health` (NAME/number); those whose verdict has changed."""
+        changed, self.is_firm = {}, True
+        for name in sorted({key.split("/")[0] for key in health}):
+            prefix = f"{name}/"
+            values = {k.removeprefix(prefix): v for k, v in health.items() if k.startswith(prefix)}
+            finding = judge(values)
+            self.is_firm &= judge(values, margin=2.0).verdict == "healthy"
+            is_well = finding.verdict == "healthy"
+            was_well = name in self.latest and self.latest[name].verdict == "healthy"
+            self.since[name] = self.since.get(name, 0) + 1 if is_well == was_well else 1
+            self.latest[name] = finding
+            if self.since[name] >= self.patience and finding.verdict != self.told.get(name, "healthy"):
+                self.told[name] = finding.verdict
+                changed[name] = finding
+        return changed
+
+    def verdicts(self) -> dict[str, str]:
+        """Of the last look, in a word, by modality."""
+        return {name: finding.verdict for name, finding in self.latest.items()}
+
+    def sick(self) -> dict[str, Finding]:
+        """Modalities whose verdict counts and is not healthy."""
+        return {
+            name: finding
+            for name, finding in self.latest.items()
+            if finding.verdict != "healthy" and self.told.get(name, "healthy") != "healthy"
+        }

@@ -102,7 +102,8 @@ def direct(x: list[torch.Tensor]) -> dict[str, float]:
 
 
 def test_numbers_follow_their_definitions_with_ragged_lengths() -> None:
-    """D = 48 and 500 tokens, few enough for no sketch: exact. The targets' spreads are those of the layers before the norms."""
+    """D = 48 and 500 tokens, few enough for no sketch: exact. The targets' spreads are those of
+    the layers before the norms."""
     lengths = [TOKENS - 3 * (i % 7) for i in range(4)] + [TOKENS]
     batch, output = pad(*micro_batch("healthy", samples=5, dim=48), lengths)
     values = measure((batch, output))

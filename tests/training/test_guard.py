@@ -1,0 +1,152 @@
+"""A run that fails is called so, and ends or goes back as its recipe says; healthy ones are left alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from ranks import SAMPLE
+from runs import python, read_rows, start, without_timings
+
+from d2v_ds.recipe import Health, load_recipe
+from d2v_ds.training.guard import Collapsed, check_variances
+from d2v_ds.training.verdict import Watch
+
+HEALTHY = {
+    "content": 0.5, "encoder_content": 0.5, "rank": 30.0, "encoder_rank": 30.0, "token_spread": 0.5,
+    "encoder_token_spread": 0.5, "explained": 0.1, "target_var": 0.5, "pred_var": 0.5,
+}  # fmt: skip
+
+
+def numbers(**changed: float) -> dict[str, float]:
+    return {f"audio/{key}": value for key, value in (HEALTHY | changed).items()}
+
+
+# ---- when a verdict counts ----
+
+
+def test_a_verdict_counts_when_it_lasts_and_is_told_once() -> None:
+    watch = Watch(patience=2)
+    looks = [0.5, 0.01, 0.5, 0.01, 0.01, 0.01, 0.5, 0.5]
+    told = [[f.verdict for f in watch.look(numbers(content=content)).values()] for content in looks]
+    assert told == [[], [], [], [], ["position-only"], [], [], ["healthy"]]
+    assert watch.sick() == {}
+
+
+def test_verdicts_that_alternate_count_too() -> None:
+    watch = Watch(patience=3)
+    for sick in ({"content": 0.0}, {"token_spread": 0.0}):
+        watch.look(numbers(**sick))
+    assert watch.sick() == {}
+    watch.look(numbers(content=0.0))
+    assert watch.sick()["audio"].verdict == "position-only"
+
+
+def test_a_place_to_go_back_to_has_twice_what_it_takes() -> None:
+    watch = Watch(patience=1)
+    firm = []
+    for content in (0.5, 0.04, 0.01):
+        watch.look(numbers(content=content))
+        firm.append((watch.verdicts()["audio"], watch.is_firm))
+    assert firm == [("healthy", True), ("healthy", False), ("position-only", False)]
+
+
+# ---- the original's thresholds ----
+
+
+@pytest.mark.parametrize(
+    ("values", "updates", "key"),
+    [
+        ({"target_var": 0.09}, 5_001, "health.min_target_var=0.1"),
+        ({"pred_var": 0.009}, 5_001, "health.min_pred_var=0.01"),
+        ({"target_var": 0.09, "pred_var": 0.009}, 5_000, None),
+        ({"target_var": 0.11, "pred_var": 0.011}, 5_001, None),
+    ],
+)
+def test_the_variance_thresholds_end_a_run_after_5000_updates(
+    values: dict[str, float], updates: int, key: str | None
+) -> None:
+    if key is None:
+        check_variances(numbers(**values), Health(), updates)
+        return
+    with pytest.raises(Collapsed, match=key):
+        check_variances(numbers(**values), Health(), updates)
+    check_variances(numbers(**values), Health(min_target_var=0, min_pred_var=0), updates)
+
+
+def test_released_image_recipes_have_no_variance_threshold() -> None:
+    """As in the original; those of sound and text have 0.1 and 0.01."""
+    assert [load_recipe(name).health.min_target_var for name in ("image_large", "image_v1_base", "audio_base")] == [
+        0.0, 0.0, 0.1,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["health.on_collapse=panic", "health.patience=0", "health.rollback_lr=1.5", "health.on_colapse=stop"],
+)
+def test_wrong_settings_are_errors(wrong: str) -> None:
+    with pytest.raises(ValueError, match="health.on_collapse" if "cola" in wrong else wrong.split("=")[0]):
+        load_recipe("audio_tiny", [wrong])
+
+
+# ---- real runs ----
+
+LIVE = [
+    "train.py", "--deepspeed", "zero0", "--recipe", "audio_tiny", f"data={SAMPLE}", "modalities.audio.teacher=context",
+    "modalities.audio.target.top_k=3", "modalities.audio.data.max_seconds=0.65", "modalities.audio.data.batch=8",
+    "modalities.audio.clones=2", "body.depth=3", "optim.lr=3e-3", "optim.warmup_steps=25", "ema.start=0.98",
+    "ema.end=0.999", "ema.anneal_steps=150", "train.steps=60", "train.log_every=5", "train.save_every=5",
+    "train.workers=0", "train.keep_checkpoints=1",
+]  # fmt: skip
+"""Speech whose teacher reads the student's extractor and is fast: targets become functions of position."""
+
+
+@pytest.mark.slow
+def test_speech_that_collapses_is_stopped_with_its_name(tmp_path: Path) -> None:
+    """Within 60 steps, while loss falls and the targets' variance stays healthy; no crash, no traceback."""
+    done = start(python(*LIVE, f"out={tmp_path / 'run'}", "health.on_collapse=stop"), code=3)
+    assert "audio is position-only (content 0.0" in done.stderr and "teacher=full" in done.stderr
+    assert "Traceback" not in done.stderr
+    rows, losses = read_rows(tmp_path / "run", "health.jsonl"), read_rows(tmp_path / "run")
+    assert [row["audio/verdict"] for row in rows[-2:]] == ["position-only"] * 2
+    assert {row["audio/verdict"] for row in rows[:-2]} == {"healthy"}
+    assert rows[-1]["audio/target_var"] > 0.3 and losses[-1]["audio/loss"] < 0.5 * losses[0]["audio/loss"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_back_and_on_more_slowly(tmp_path: Path) -> None:
+    """And is to the bit the run that starts from the checkpoint it went back to."""
+    out = tmp_path / "run"
+    rollback = ["health.on_collapse=rollback", "health.max_rollbacks=1", "health.rollback_lr=0.25"]
+    done = start(python(*LIVE, f"out={out}", *rollback, "train.keep_checkpoints=20"))
+    loop = json.loads((out / "step_00000060" / "loop.json").read_text())
+    back = loop["rollbacks"][0]
+    assert back["to"] < back["from"] <= 60 and loop["lr_scale"] == 0.25
+    assert f"going back from step {back['from']} to {back['to']}" in done.stdout
+    assert [row["step"] for row in read_rows(out)] == [1, *range(5, 61, 5)]
+    shutil.copytree(out, tmp_path / "again")
+    for path in (tmp_path / "again").glob("step_*"):
+        if int(path.name[5:]) > back["to"]:
+            shutil.rmtree(path)
+    start(python(*LIVE, f"out={tmp_path / 'again'}", *rollback, "train.keep_checkpoints=20"))
+    assert without_timings(read_rows(tmp_path / "again")) == without_timings(read_rows(out))
+    events = [row for row in read_rows(out, "verdicts.jsonl") if "rollback" in row]
+    assert len(events) == 1 and events[0]["step"] == back["from"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_a_learning_rate_far_too_high_is_caught(modality: str, tmp_path: Path) -> None:
+    """Before step 200; fifty times and more what the recipe has."""
+    rate = {"image": 0.2, "audio": 0.1}[modality]
+    settings = [
+        f"data={SAMPLE}", f"modalities.{modality}.data.shards=multimodal-train-*.tar", "train.steps=150",
+        "train.log_every=10", "train.save_every=1000", "train.workers=0", "health.on_collapse=stop",
+        f"modalities.{modality}.data.batch=8", f"modalities.{modality}.clones=2", "optim.warmup_steps=20",
+    ]  # fmt: skip
+    command = ["train.py", "--deepspeed", "zero0", "--recipe", f"{modality}_tiny", f"out={tmp_path / 'run'}"]
+    done = start(python(*command, *settings, f"optim.lr={rate}"), code=3)
+    assert f"{modality} is " in done.stderr and "Lower optim.lr" in done.stderr
