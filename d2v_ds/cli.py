@@ -19,6 +19,10 @@ def main(argv: list[str] | None = None) -> int:
         from d2v_ds.training.run import main as train_main
 
         end_process(train_main(argv[1:], prog="d2v train"))
+    if argv[:1] == ["plan"]:  # a recipe and key=value overrides too
+        from d2v_ds.training.plan import main as plan_main
+
+        return plan_main(argv[1:])
     if argv[:1] == ["prepare"]:  # a command line for each data set
         from shards.command import main as prepare_main
 
@@ -42,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("train", help="pre-train a model (d2v train --help)", add_help=False)
+    commands.add_parser("plan", help="which data a run would see (d2v plan --help)", add_help=False)
     commands.add_parser("prepare", help="data as shards (d2v prepare --help)", add_help=False)
     commands.add_parser("tokenizer", help="train or import one (d2v tokenizer --help)", add_help=False)
 

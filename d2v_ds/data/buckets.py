@@ -38,7 +38,7 @@ class Buckets:
         A sample counts as no longer than `longest`, and has `extra` besides its length (a begin token).
         """
         assert budget >= longest + extra, f"a budget of {budget} holds no sample of {longest}"
-        self.lengths, self.longest, self.extra = lengths, longest, extra
+        self.lengths, self.budget, self.longest, self.extra = lengths, budget, longest, extra
         self._counts = lengths.count(shards, longest)
         edges = _cut(self._counts, budget, most, extra)
         self.shortest, self.tops = np.array(edges, dtype=np.int64).T

@@ -56,6 +56,9 @@ class Samples(Protocol):
     def volume(self, corpus: Corpus, share: Share, batch: int) -> "Volume":
         """How much the samples of a share are."""
 
+    def label(self, corpus: Corpus, unit: int) -> str:
+        """What a unit is, for people: "shard.tar:key" and its length."""
+
 
 @dataclass(frozen=True, slots=True)
 class Volume:

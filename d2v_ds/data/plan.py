@@ -176,8 +176,14 @@ class Plan:
                 more = math.ceil(stream.micro_batches / world) * world
                 raise ValueError(
                     f"{stream.name} has {stream.micro_batches} micro-batches per step, not a multiple of "
-                    f"{world} ranks; set {more} micro-batches or run {self._possible_worlds()} ranks"
+                    f"{world} ranks; set {more} micro-batches or run {self.possible_worlds()} ranks"
                 )
+
+    def possible_worlds(self) -> str:
+        """Numbers of ranks that all streams divide among."""
+        common = math.gcd(*(stream.micro_batches for stream in self.streams))
+        *some, last = [str(world) for world in range(1, common + 1) if common % world == 0]
+        return f"{', '.join(some)} or {last}" if some else last
 
     def epochs(self, steps: int) -> dict[str, float]:
         """How often each corpus is seen in so many steps."""
@@ -220,11 +226,6 @@ class Plan:
 
     def _draw(self, stream_name: str, epoch: int, unit: int) -> Draw:
         return Draw(unit, epoch, seed_of(self.seed, "draw", stream_name, epoch, unit))
-
-    def _possible_worlds(self) -> str:
-        common = math.gcd(*(stream.micro_batches for stream in self.streams))
-        *some, last = [str(world) for world in range(1, common + 1) if common % world == 0]
-        return f"{', '.join(some)} or {last}" if some else last
 
 
 def deal(weights: Mapping[str, float], total: int) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from d2v_ds.config import Config
@@ -37,6 +37,15 @@ class StreamConfig(Config):
     """Corpora have shares of n^(1/temperature), n = micro-batches of an epoch: 1 is by size, more is more equal."""
     mix_steps: PositiveInt = 100
     """Every so many steps hold the same number of micro-batches of each corpus, less than one off its share."""
+
+    @field_validator("corpora", "weights", mode="before")
+    @classmethod
+    def named(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str):
+            raise ValueError(
+                f"is no {{name: value}}; put patterns in quotes, or give each its own key: {info.field_name}.NAME=..."
+            )
+        return value
 
     @model_validator(mode="after")
     def mixes(self) -> StreamConfig:
@@ -73,7 +82,7 @@ def open_source(name: str, config: Any, data: str) -> Source:
     """The samples of one modality, with their index; builds what is missing of it."""
     samples = samples_class(name)(config, Path(data.split("::")[0]))
     shards = find_corpora(name, data, config.data)
-    paths = expand_shards([str(path) for paths in shards.values() for path in paths])
+    paths = [path for own in shards.values() for path in own]
     corpus = Corpus.open(paths, samples.fields, samples.measure, samples.measure_name, samples.min_length)
     samples.attach(corpus)
     shares = build_shares(shards, corpus, samples, config.data)
@@ -89,7 +98,16 @@ def find_corpora(name: str, data: str, config: StreamConfig) -> dict[str, list[P
         raise ValueError(
             f"data={data} is a pattern, but modalities.{name}.data.corpora names the shards; give their folder"
         )
-    return {f"{name}/{corpus}": expand_shards(pattern) for corpus, pattern in patterns.items()}
+    shards = {f"{name}/{corpus}": expand_shards(pattern) for corpus, pattern in patterns.items()}
+    owners: dict[Path, str] = {}
+    for corpus, paths in shards.items():
+        for path in paths:
+            if path in owners:
+                raise ValueError(
+                    f"{owners[path]} and {corpus} both name the shard {path}; name each shard once"
+                )
+            owners[path] = corpus
+    return shards
 
 
 def build_shares(

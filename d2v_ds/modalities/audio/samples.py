@@ -92,6 +92,9 @@ class AudioSamples:
             budget=self.config.data.batch_seconds,
         )
 
+    def label(self, corpus: Corpus, unit: int) -> str:
+        return f"{corpus.key(unit)} {corpus.lengths.of_unit(unit) / RATE:.2f} s"
+
     def decode(self, corpus: Corpus, unit: int) -> Tensor:
         """One whole sample as `prepare` takes it."""
         return decode_sound(corpus.read(unit)["audio"])

@@ -52,6 +52,9 @@ class ImageSamples:
     def volume(self, corpus: Corpus, share: Share, batch: int) -> Volume:
         return Volume("images", share.size, batch)
 
+    def label(self, corpus: Corpus, unit: int) -> str:
+        return corpus.key(unit)
+
     def decode(self, corpus: Corpus, unit: int) -> Image.Image:
         """One whole sample as `prepare` takes it."""
         return self.read(corpus, unit)

@@ -96,7 +96,19 @@ class TextSamples:
             values = np.arange(len(counts)) + 1
             stored, padded = values @ counts, share.size * expected_extremes(values, counts, batch)[1]
         tokens = stored / share.batches(batch)
-        return Volume("tokens", float(stored), tokens, 1 - stored / padded, self.config.data.batch_tokens)
+        return Volume(
+            "tokens", float(stored), tokens, padding=1 - stored / padded, budget=self.config.data.batch_tokens
+        )
+
+    def label(self, corpus: Corpus, unit: int) -> str:
+        if self.config.data.mode == "samples":
+            return (
+                f"{corpus.key(unit)} {min(corpus.lengths.of_unit(unit) + 1, self.config.max_tokens)} tokens"
+            )
+        first, offset, last = self.blocks.locate(unit)
+        return f"{corpus.key(first)} from token {offset}" + (
+            f" to {corpus.key(last)}" if last > first else ""
+        )
 
     def decode(self, corpus: Corpus, unit: int) -> str:
         """One whole sample as `prepare` takes it."""
