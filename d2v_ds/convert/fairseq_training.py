@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from pydantic import ValidationError
+
 from d2v_ds.recipe import EMA, Optim, Recipe, Train
 
 MAX_TEXT = 200
@@ -32,16 +34,27 @@ def our_optim(root: dict[str, Any], optimization: dict[str, Any]) -> Optim:
         "clip": number(optimization.get("clip_norm")),
     }
     if schedule.get("_name") == "tri_stage":
-        phases = numbers(schedule.get("phase_ratio"))
-        scales = (number(schedule.get(f"{end}_lr_scale"), 0.01) for end in ("init", "final"))
-        settings |= {"schedule": "tri_stage", "phase_scales": tuple(scales)}
-        settings["phases"] = phases if len(phases) == 3 else None
+        scales = tuple(number(schedule.get(f"{end}_lr_scale")) or 0.01 for end in ("init", "final"))
+        settings |= {"schedule": "tri_stage", "warmup_steps": 0, "min_lr": 0.0, "phase_scales": scales}
+        settings["phases"] = phases(schedule)
     elif schedule.get("_name") == "cosine":
         settings |= {
             "warmup_steps": number(schedule.get("warmup_updates")),
             "min_lr": number(schedule.get("min_lr")),
         }
-    return Optim(**{key: value for key, value in settings.items() if value is not None})
+    try:
+        return Optim(**{key: value for key, value in settings.items() if value is not None})
+    except ValidationError:  # how a model was trained is no part of it
+        return Optim()
+
+
+def phases(schedule: dict[str, Any]) -> tuple[float, ...] | None:
+    """Shares of the steps, which the original takes as shares or as steps."""
+    steps = tuple(number(schedule.get(f"{phase}_steps")) or 0 for phase in ("warmup", "hold", "decay"))
+    for found in (numbers(schedule.get("phase_ratio")), steps):
+        if len(found) == 3 and sum(found) > 0:
+            return tuple(part / sum(found) if abs(sum(found) - 1) > 1e-6 else part for part in found)
+    return None
 
 
 def part(settings: dict[str, Any], key: str) -> dict[str, Any]:

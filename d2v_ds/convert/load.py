@@ -36,6 +36,8 @@ ACCEPTED = (
 )
 
 EXPORT = "export of "
+FAIRSEQ = "checkpoint.pt"
+"""In an export to fairseq."""
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,8 @@ def read(path: str | Path, weights: str | None = None) -> Stored:
         stored = read_file(path)
     elif (path / "config.json").is_file():
         stored = read_exported(path)
+    elif (path / FAIRSEQ).is_file():
+        stored = read_file(path / FAIRSEQ)
     elif (path / "manifest.json").is_file() or any(path.glob("step_*")):
         stored = read_run(path, weights or "both")
     else:

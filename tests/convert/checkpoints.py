@@ -46,6 +46,9 @@ def pretrained(case: str) -> dict[str, Any]:
     cfg, weights = recorded(case)
     task = {"audio": "audio_pretraining", "image": "mae_image_pretraining", "text": "masked_lm"}
     modality = case.removeprefix("v1_").split("_")[0]
+    schedule = {"_name": "cosine", "warmup_updates": 8000, "min_lr": 0.0}
+    if case == "v1_audio":  # as released
+        schedule = {"_name": "tri_stage", "phase_ratio": [0.03, 0.9, 0.07], "init_lr_scale": 0.01}
     return {
         "args": None,
         "cfg": {
@@ -59,7 +62,7 @@ def pretrained(case: str) -> dict[str, Any]:
                 "adam_eps": 1e-06,
                 "weight_decay": 0.01,
             },
-            "lr_scheduler": {"_name": "cosine", "warmup_updates": 8000, "min_lr": 0.0},
+            "lr_scheduler": schedule,
             "model": cfg | {"_name": NAMES[case]},
         },
         "model": nested(weights),

@@ -128,6 +128,26 @@ def test_the_configuration_inside_the_file_decides() -> None:
     assert stored.origin == "fairseq data2vec_multi" and not recipe.fairseq_compat
 
 
+@pytest.mark.parametrize(
+    ("schedule", "phases"),
+    [
+        ({"phase_ratio": [0.1, 0.4, 0.5], "final_lr_scale": 0.05}, (0.1, 0.4, 0.5)),
+        ({"phase_ratio": "(0.1, 0.4, 0.5)", "final_lr_scale": 0.05}, (0.1, 0.4, 0.5)),
+        ({"phase_ratio": None, "warmup_steps": 10, "hold_steps": 0, "decay_steps": 30}, (0.25, 0.0, 0.75)),
+        ({"phase_ratio": [1, 2]}, (0.03, 0.9, 0.07)),
+        ({"phase_ratio": [0, 0, 0], "init_lr_scale": 0.0}, (0.03, 0.9, 0.07)),
+    ],
+)
+def test_the_released_v1_speech_schedule_is_read(schedule: dict, phases: tuple) -> None:
+    """Three stages, as shares, their text, or steps; odd ones are of no use, and no reason to refuse the weights."""
+    assert from_dict(pretrained("v1_audio")).recipe.optim.phases == (0.03, 0.9, 0.07)
+    checkpoint = pretrained("v1_audio")
+    checkpoint["cfg"]["lr_scheduler"] = {"_name": "tri_stage"} | schedule
+    optim = from_dict(checkpoint).recipe.optim
+    assert (optim.schedule, optim.phases, optim.warmup_steps) == ("tri_stage", phases, 0)
+    assert optim.phase_scales == (0.01, schedule.get("final_lr_scale", 0.01))
+
+
 def test_a_setting_that_is_missing_has_its_classs_default() -> None:
     """Not the released recipe's: for these, a recipe says 0 (image dropout), 0.999 and 0.05."""
     checkpoint = pretrained("audio_cb4")
