@@ -165,7 +165,10 @@ class Corpus:
             column = _column(index, name)
             rows = np.flatnonzero(column < max(min_length, 1)).astype(np.uint32)
             empty, without = int((column == 0).sum()), self._left_out[shard]
-            num_empty += empty - (0 if without is None else len(without))  # those have length 0 too
+            if without is not None:  # those have length 0 too
+                assert not column[without].any(), f"{name} of {index.path} was measured of other members"
+                num_empty -= len(without)
+            num_empty += empty
             num_short += len(rows) - empty
             self._left_out[shard] = rows if len(rows) else None
         self._count()

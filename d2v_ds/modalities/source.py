@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,14 @@ def open_source(name: str, config: Any, data: str) -> Source:
     samples.attach(corpus)
     shares = build_shares(shards, corpus, samples, config.data)
     return Source(name, corpus, samples, config.data.batch, config.data.micro_batches, shares)
+
+
+def column_name(base: str, config: StreamConfig) -> str:
+    """Under which lengths are stored beside a shard: other members of it have other lengths."""
+    fields = config.fields
+    if fields == type(config).model_fields["fields"].default:
+        return base
+    return f"{base}-{hashlib.sha256(fields.encode()).hexdigest()[:8]}"
 
 
 def find_corpora(name: str, data: str, config: StreamConfig) -> dict[str, list[Path]]:

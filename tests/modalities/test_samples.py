@@ -629,3 +629,13 @@ def test_crops_and_masks_of_one_draw_use_random_numbers_of_their_own() -> None:
 def test_data_is_a_folder_or_a_pattern_of_its_own(data: str, expected: str | list[str]) -> None:
     """A folder takes the recipe's file names; a pattern replaces them."""
     assert shard_pattern(data, "a-*.tar::b.tar") == expected
+
+
+def test_lengths_of_other_members_are_measured_anew(folder: Path) -> None:
+    """A caption in `txt` and another in `json`: each has a column of its own."""
+    write_shard(folder / "0.tar", "txt", [b"the river", b"the old river and the town"])
+    (folder / "1.tar").unlink()
+    first = open_text(folder, "data.mode=samples")
+    other = open_text(folder, "data.mode=samples", "data.fields=txt;json.text;text")
+    assert first.samples.measure_name in other.samples.measure_name != first.samples.measure_name
+    assert other.corpus.lengths.all().tolist() == first.corpus.lengths.all().tolist()

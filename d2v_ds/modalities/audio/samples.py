@@ -16,7 +16,7 @@ from torch import Tensor
 
 from d2v_ds.data import Buckets, Corpus, Draw, Share, Volume
 from d2v_ds.data.buckets import expected_extremes
-from d2v_ds.modalities.source import StreamConfig, draw_views, generator, pad_stack, reason
+from d2v_ds.modalities.source import StreamConfig, column_name, draw_views, generator, pad_stack, reason
 from d2v_ds.model.batch import Batch
 
 RATE = 16_000
@@ -49,11 +49,10 @@ class AudioData(StreamConfig):
 class AudioSamples:
     """Reads, resamples, normalises a whole utterance, crops."""
 
-    measure_name = "audio_samples"
-
     def __init__(self, config: Any, folder: Path):
         self.config = config
         self.fields = {"audio": config.data.fields}
+        self.measure_name = column_name("audio_samples", config.data)
         self.min_length = int(config.data.min_seconds * RATE)
 
     @staticmethod

@@ -12,7 +12,7 @@ from pydantic import PositiveInt, model_validator
 
 from d2v_ds.data import Buckets, Corpus, Draw, Share, TextBlocks, Volume
 from d2v_ds.data.buckets import expected_extremes
-from d2v_ds.modalities.source import StreamConfig, draw_views, pad_stack
+from d2v_ds.modalities.source import StreamConfig, column_name, draw_views, pad_stack
 from d2v_ds.modalities.text.tokenizer import BOS, EOS, PAD, load_tokenizer
 from d2v_ds.model.batch import Batch
 
@@ -54,7 +54,7 @@ class TextSamples:
         path = find_tokenizer(config.data.tokenizer, folder)
         self.files = (path,)  # what an export needs besides the weights
         model = path.read_bytes()
-        self.measure_name = f"tokens-{hashlib.sha256(model).hexdigest()[:12]}"
+        self.measure_name = column_name(f"tokens-{hashlib.sha256(model).hexdigest()[:12]}", config.data)
         self.tokenizer = load_tokenizer(model, config.vocabulary, path, has_mask=config.view == "masked")
 
     def measure(self, fields: dict[str, bytes]) -> int:
