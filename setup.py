@@ -7,6 +7,13 @@ from setuptools import find_namespace_packages, setup
 HF = ["transformers>=4.57,<6"]  # d2v export --format hf
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]  # d2v export --format onnx
 
+REMOTE = [
+    "fsspec[http]>=2025.3",
+    "s3fs>=2025.3",
+    "gcsfs>=2025.3",
+    "huggingface_hub>=0.30",
+]  # shards elsewhere
+
 setup(
     name="d2v_ds",
     version="0.1.0",
@@ -41,7 +48,8 @@ setup(
     extras_require={
         "hf": HF,
         "onnx": ONNX,
-        "dev": ["pytest>=8", "ruff>=0.6", *HF, *ONNX],
+        "remote": REMOTE,
+        "dev": ["pytest>=8", "ruff>=0.6", "moto[s3,server]>=5", *HF, *ONNX, *REMOTE],
     },
     entry_points={"console_scripts": ["d2v=d2v_ds.cli:main"]},
 )

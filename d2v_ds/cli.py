@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from d2v_ds import __version__
 
@@ -34,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -137,8 +138,36 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_shards(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", nargs="+", help="folder, pattern a{000..123}.tar or *.tar, joined by ::")
+    parser.add_argument(
+        "shards",
+        nargs="+",
+        help="folder, pattern a{000..123}.tar or *.tar, joined by ::; or URLs of them (https, s3, gs, hf)",
+    )
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one for each core)")
+    parser.add_argument("--cache", default=None, help="folder for remote shards (default: $D2V_CACHE_DIR)")
+    parser.add_argument("--cache-gib", type=float, default=100.0, help="the most they take (default: 100)")
+    parser.add_argument(
+        "--retry-minutes", type=float, default=10.0, help="patience with servers (default: 10)"
+    )
+    parser.add_argument("--pipe", action="store_true", help="allow pipe:COMMAND, which runs commands")
+
+
+def find_shards(arguments: argparse.Namespace) -> list[Any]:
+    """The shards of a command line; a number that does not fit is a ValueError."""
+    from d2v_ds.data import expand_shards
+    from d2v_ds.data.remote import reading, remote_of
+
+    if arguments.workers is not None and arguments.workers < 1:
+        raise ValueError(f"--workers {arguments.workers} must be 1 or more")
+    with reading(
+        remote_of(
+            cache=arguments.cache,
+            cache_gib=arguments.cache_gib,
+            retry_minutes=arguments.retry_minutes,
+            pipe=arguments.pipe,
+        )
+    ):
+        return expand_shards(arguments.shards)
 
 
 def run_export(arguments: argparse.Namespace) -> int:
@@ -160,9 +189,9 @@ def run_import(arguments: argparse.Namespace) -> int:
 
 
 def run_index(arguments: argparse.Namespace) -> int:
-    from d2v_ds.data import ensure_index, expand_shards
+    from d2v_ds.data import ensure_index
 
-    indexes = ensure_index(expand_shards(arguments.shards), arguments.workers)
+    indexes = ensure_index(find_shards(arguments), arguments.workers)
     print(f"{sum(index.num_samples for index in indexes)} samples in {len(indexes)} shards")
     return 0
 
@@ -171,10 +200,9 @@ def run_verify(arguments: argparse.Namespace) -> int:
     """Exit code 1 if anything is wrong with any shard."""
     import json
 
-    from d2v_ds.data import expand_shards
     from d2v_ds.data.verify import summary, verify_shards
 
-    paths = expand_shards(arguments.shards)
+    paths = find_shards(arguments)
     found = summary(reports := verify_shards(paths, arguments.workers, None if arguments.json else print))
     if arguments.json:
         print(json.dumps(found, indent=1))
@@ -194,10 +222,9 @@ def run_verify(arguments: argparse.Namespace) -> int:
 def run_preview(arguments: argparse.Namespace) -> int:
     import json
 
-    from d2v_ds.data import expand_shards
     from d2v_ds.tasks.preview import describe, preview
 
-    paths = expand_shards(arguments.shards)
+    paths = find_shards(arguments)
     say = None if arguments.json else print
     found = preview(paths, arguments.out, arguments.samples, arguments.measured, arguments.workers, say)
     print(json.dumps(found, indent=1) if arguments.json else describe(found))

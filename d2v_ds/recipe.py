@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from d2v_ds.config import Config, dotted_keys, explain, nearest
+from d2v_ds.data.remote import Remote
 from d2v_ds.modalities import MODALITIES, config_class, known
 from d2v_ds.model.encoder import ModalityConfig
 from d2v_ds.model.layers import Body
@@ -124,7 +125,8 @@ class Recipe(Config):
     train: Train = Train()
     health: Health = Health()
     data: str = "shards/sample"
-    """Folder of shards, or a pattern: a{000..123}.tar, *.tar, several joined by `::`."""
+    """Folder of shards, or a pattern: a{000..123}.tar, *.tar, several joined by `::`; or URLs (https, s3, gs, hf)."""
+    remote: Remote = Remote()
     out: str | None = None
     """Run folder; None = checkpoints/<name>."""
     init: str | None = None
@@ -189,6 +191,7 @@ FREE = {
     "health.max_rollbacks",
     "health.min_target_var",
     "health.min_pred_var",
+    *(f"remote.{key}" for key in Remote.model_fields),
 }
 
 
@@ -287,7 +290,9 @@ def override(recipe: Recipe, assignments: list[str] | tuple[str, ...]) -> Recipe
                 target[parent] = {}
             target = target[parent]
         target[last] = (
-            text if isinstance(leaves.get(key), str) or key in ("out", "init") else parse_value(text)
+            text
+            if isinstance(leaves.get(key), str) or key in ("out", "init", "remote.cache")
+            else parse_value(text)
         )
     return validated(settings, "recipe")
 

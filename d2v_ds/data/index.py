@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,22 +18,37 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 
+from d2v_ds.data.cache import RemoteShard
 from d2v_ds.data.lengths import Lengths, stored_row
 from d2v_ds.data.parallel import Progress, map_shards
 from d2v_ds.data.reader import CorruptSample, Fields, ShardReader, parse_fields, samples_with
-from d2v_ds.data.shard import ShardIndex, build_index, load_column, load_index, write_column
+from d2v_ds.data.remote import expand_url, is_url, settings
+from d2v_ds.data.shard import (
+    ShardIndex,
+    build_index,
+    fetch_column,
+    index_remote,
+    load_column,
+    load_index,
+    load_remote_index,
+    write_column,
+)
 
 __all__ = ["Corpus", "CorruptSample", "ShardIndex", "build_index", "ensure_index", "expand_shards"]
 
 Measure = Callable[[dict[str, bytes]], int]
+Shard = Path | RemoteShard
 
 MAX_OPEN_SHARDS = 64
 
 log = logging.getLogger(__name__)
 
 
-def expand_shards(patterns: str | list[str]) -> list[Path]:
-    """The tars that braces {000..003}, globs, folders and ::-joined lists of them name, in that order."""
+def expand_shards(patterns: str | list[str]) -> list[Shard]:
+    """The tars that braces {000..003}, globs, folders and ::-joined lists of them name, in that order.
+
+    They may be URLs too; `remote.reading` says how those are read.
+    """
     listed = [patterns] if isinstance(patterns, str | Path) else patterns
     parts = [part for pattern in listed for part in str(pattern).split("::") if part]
     paths = [path for part in parts for path in _expand(part)]
@@ -47,13 +61,31 @@ def expand_shards(patterns: str | list[str]) -> list[Path]:
 
 
 def ensure_index(
-    paths: list[Path], workers: int | None = None, progress: Progress | None = print
+    paths: list[Shard],
+    workers: int | None = None,
+    progress: Progress | None = print,
+    then: Callable[[ShardIndex], None] | None = None,
 ) -> list[ShardIndex]:
-    """The index of each tar; those absent, or of a tar of another size, are built in parallel."""
-    indexes = [load_index(path) for path in paths]
+    """The index of each tar; those absent, or of a tar of another size, are built in parallel.
+
+    `then` is called with each remote index that was missing, while its tar is cached.
+    """
+    indexes = [load_remote_index(p) if isinstance(p, RemoteShard) else load_index(p) for p in paths]
     missing = [path for path, index in zip(paths, indexes, strict=True) if index is None]
-    built = iter(map_shards(build_index, missing, workers, progress, "indexed"))
+    if workers is None and any(isinstance(path, RemoteShard) for path in missing):
+        workers = max(settings().connections, len(os.sched_getaffinity(0)))
+    job = functools.partial(_index_shard, then=then)
+    built = iter(map_shards(job, missing, workers, progress, "indexed"))
     return [next(built) if index is None else index for index in indexes]
+
+
+def _index_shard(shard: Shard, then: Callable[[ShardIndex], None] | None) -> ShardIndex:
+    if not isinstance(shard, RemoteShard):
+        return build_index(shard)
+    index = index_remote(shard)
+    if then:
+        then(index)
+    return index
 
 
 class Corpus:
@@ -72,7 +104,7 @@ class Corpus:
     @classmethod
     def open(
         cls,
-        paths: list[Path],
+        paths: list[Shard],
         fields: dict[str, str],
         measure: Measure | None = None,
         measure_name: str = "",
@@ -86,7 +118,12 @@ class Corpus:
         `text` of the member `json`). `measure` gives a sample's length, its ValueError means 0; the lengths
         are stored beside each shard under `measure_name`, which must name all that they depend on.
         """
-        corpus = cls(ensure_index(paths, workers, progress), parse_fields(fields))
+        then = None
+        if measure is not None:  # of a remote shard at once: later it may not be cached any more
+            then = functools.partial(
+                _measure_shard, fields=parse_fields(fields), measure=measure, name=measure_name
+            )
+        corpus = cls(ensure_index(paths, workers, progress, then), parse_fields(fields))
         if not len(corpus):
             raise ValueError(corpus._no_field_message(paths, fields))
         total = sum(index.num_samples for index in corpus.indexes)
@@ -177,7 +214,7 @@ class Corpus:
         self._lengths = Lengths(load, rows_of, self._left_out, max(min_length, 1))
         return {"empty or unreadable": num_empty, f"below {min_length} {name}": num_short}
 
-    def _report(self, paths: list[Path], reasons: dict[str, int], total: int) -> None:
+    def _report(self, paths: list[Shard], reasons: dict[str, int], total: int) -> None:
         self.skipped = total - len(self)
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
         if not len(self):
@@ -185,7 +222,7 @@ class Corpus:
         if self.skipped:
             log.warning("%d of %d samples of %s are left out: %s", self.skipped, total, _name(paths), why)
 
-    def _no_field_message(self, paths: list[Path], fields: dict[str, str]) -> str:
+    def _no_field_message(self, paths: list[Shard], fields: dict[str, str]) -> str:
         seen = Counter[str]()
         for index in self.indexes:
             seen.update(index.extension_counts)
@@ -218,6 +255,9 @@ def _column(index: ShardIndex, name: str) -> np.ndarray:
 
 
 def _measure_shard(index: ShardIndex, fields: Fields, measure: Measure, name: str) -> None:
+    fetch_column(index, name)
+    if index.remote and load_column(index, name) is not None:
+        return
     kept = samples_with(index, fields)
     lengths = np.zeros(index.num_samples, dtype=np.uint32)
     reader = ShardReader(index, fields)
@@ -230,11 +270,11 @@ def _measure_shard(index: ShardIndex, fields: Fields, measure: Measure, name: st
     write_column(index, name, lengths)
 
 
-def _expand(pattern: str) -> Iterator[Path]:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", pattern):
-        raise ValueError(
-            f"shard pattern {pattern!r} is remote, which is not supported yet; download the shards first"
-        )
+def _expand(pattern: str) -> Iterator[Shard]:
+    if is_url(pattern):
+        for name in braceexpand.braceexpand(pattern):
+            yield from (RemoteShard(url, settings()) for url in expand_url(name))
+        return
     for name in braceexpand.braceexpand(os.path.expanduser(pattern)):
         found = _expand_name(name)
         if not found:
@@ -253,5 +293,5 @@ def _expand_name(name: str) -> list[Path]:
     return [Path(name)] if os.path.isfile(name) else []
 
 
-def _name(paths: list[Path]) -> str:
+def _name(paths: list[Shard]) -> str:
     return str(paths[0]) if len(paths) == 1 else f"{paths[0]} .. {paths[-1].name}"

@@ -7,11 +7,13 @@ workers and from any step. A unit that cannot be read is replaced as the plan sa
 import gc
 import hashlib
 import json
+import logging
 import math
 import multiprocessing
 import os
 import re
 import signal
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -27,8 +29,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from d2v_ds.data.buckets import Buckets
 from d2v_ds.data.index import Corpus, CorruptSample
 from d2v_ds.data.plan import Draw, Plan, Share, Stream
+from d2v_ds.data.prefetch import Prefetcher, Shelf
 
 MAX_ATTEMPTS = 20
+MAX_DEATHS = 3
+"""Of data workers in a run; then it stops."""
+
+log = logging.getLogger(__name__)
 
 Item = tuple[int, str, int]  # (step, stream, micro-batch)
 
@@ -127,7 +134,12 @@ class MicroBatch:
 
 
 class StepLoader:
-    """For each step in [first_step, last_step) the list of this rank's micro-batches, in the plan's order."""
+    """For each step in [first_step, last_step) the list of this rank's micro-batches, in the plan's order.
+
+    A worker that is killed is replaced, and the step read again: the plan knows what was in it.
+    """
+
+    _leave: Any = None
 
     def __init__(
         self,
@@ -143,33 +155,76 @@ class StepLoader:
         plan.check_world(world)
         assert prefetch_steps >= 1, "nothing would be read"
         assert {s.stream for s in sources} == set(plan.streams), "the plan was made for other sources"
+        self.sources, self.plan, self.rank, self.world = sources, plan, rank, world
         self.steps = range(first_step, last_step)
+        self.workers, self.prefetch_steps = workers, prefetch_steps
         self.items_per_step = len(plan.items(first_step, rank, world))
-        leaving = multiprocessing.get_context("fork").Event()
-        weakref.finalize(self, leaving.set)  # when given up, or at the latest when the process exits
-        self._loader = DataLoader(
-            _MicroBatches(sources, plan),
-            batch_size=None,
-            sampler=_Items(plan, rank, world, self.steps),
-            num_workers=workers,
-            collate_fn=_identity,
-            worker_init_fn=partial(_init_worker, leaving),
-            multiprocessing_context="fork" if workers else None,
-            prefetch_factor=math.ceil(prefetch_steps * self.items_per_step / workers) if workers else None,
-            generator=torch.Generator(),  # else each iteration draws from the global one
-        )
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        micro_batches = iter(self._loader)
-        for _ in self.steps:
-            yield [next(micro_batches) for _ in range(self.items_per_step)]
+        shelves = {s.name: Shelf(s.corpus, s.samples.unit_starts) for s in self.sources}
+        prefetcher = Prefetcher.start(shelves, self.plan, self.rank, self.world, self.steps)
+        micro_batches, deaths = self._start(self.steps.start), 0
+        try:
+            for step in self.steps:
+                if prefetcher:
+                    prefetcher.at(step)
+                while True:
+                    try:
+                        read = [next(micro_batches) for _ in range(self.items_per_step)]
+                        break
+                    except RuntimeError as error:
+                        deaths += 1
+                        self._say_death(error, step, deaths)
+                        micro_batches = self._start(step)
+                yield read
+        finally:
+            if prefetcher:
+                prefetcher.close()
+
+    def _start(self, step: int) -> Iterator[MicroBatch]:
+        """All micro-batches of this rank from a step on; workers that were started before end."""
+        workers, leaving = self.workers, multiprocessing.get_context("fork").Event()
+        if self._leave:
+            self._leave()
+        self._leave = weakref.finalize(self, leaving.set)  # at the latest when the process exits
+        loader = DataLoader(
+            _MicroBatches(self.sources, self.plan),
+            batch_size=None,
+            sampler=_Items(self.plan, self.rank, self.world, range(step, self.steps.stop)),
+            num_workers=workers,
+            collate_fn=_identity,
+            worker_init_fn=partial(_init_worker, leaving),
+            multiprocessing_context="fork" if workers else None,
+            prefetch_factor=(
+                math.ceil(self.prefetch_steps * self.items_per_step / workers) if workers else None
+            ),
+            generator=torch.Generator(),  # else each iteration draws from the global one
+        )
+        started = iter(loader)
+        if workers and threading.current_thread() is threading.main_thread():
+            # torch's handler raises wherever the process stands when a worker dies, in the middle of a step too; the
+            # iterator looks after its workers by itself.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return started
+
+    def _say_death(self, error: RuntimeError, step: int, deaths: int) -> None:
+        """Raises what is no death of a worker, and DataError after too many."""
+        if "exited unexpectedly" not in str(error):
+            raise error
+        told = f"a data worker of rank {self.rank} was killed while step {step} was read ({error})"
+        if deaths > MAX_DEATHS:
+            raise DataError(
+                f"{told}, {deaths} times in this run. The machine may have no memory left (its log names the process): "
+                "lower train.workers or the batch; or a file makes a decoder crash: train.workers=0 shows where"
+            ) from error
+        log.warning("%s; the step is read again by new workers (%d of %d)", told, deaths, MAX_DEATHS)
 
 
 class DataError(RuntimeError):
-    """Too much of the data cannot be used; the message says what, and what to do."""
+    """The data cannot be used, or not enough of them; the message says what, and what to do."""
 
 
 class FaultLog:

@@ -1,6 +1,7 @@
 """What are the bytes of one sample's fields? Reads one shard by its index, each member checked by crc32."""
 
 import bisect
+import fcntl
 import io
 import json
 import os
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from d2v_ds.data.cache import is_gone
 from d2v_ds.data.scan import split_name
 from d2v_ds.data.shard import ShardIndex
 
@@ -68,7 +70,9 @@ class ShardReader:
     def __init__(self, index: ShardIndex, fields: Fields) -> None:
         self.index = index
         self.fields = fields
-        self._file = index.path.open("rb", buffering=0)
+        self._file = index.open()
+        if index.remote:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
         self._members = index.members()
         self._sample_column = self._members["sample"]
         self._extensions = list(index.extension_counts)
@@ -89,7 +93,7 @@ class ShardReader:
         """The sample's key, from its header in the tar: keys are wanted only for messages, so not indexed."""
         offset = int(self.index.offsets()[sample])
         first_row = self._rows(sample)[0]
-        headers = os.pread(self._file.fileno(), first_row[2] - offset, offset)
+        headers = self._pread(first_row[2] - offset, offset)
         try:
             with tarfile.open(fileobj=io.BytesIO(headers), mode="r:") as tar:
                 first = tar.next()
@@ -97,6 +101,19 @@ class ShardReader:
             first = None
         name = split_name(first.name) if first else None
         return name[0] if name else f"sample {sample}"
+
+    def _pread(self, size: int, offset: int) -> bytes:
+        if self.index.remote is None:
+            return os.pread(self._file.fileno(), size, offset)
+        fcntl.flock(self._file, fcntl.LOCK_SH)  # only while it is read: what is open can still be evicted
+        try:
+            if is_gone(self._file):
+                self._file.close()
+                self._file = self.index.open()
+            return os.pread(self._file.fileno(), size, offset)
+        finally:
+            if not self._file.closed:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def _rows(self, sample: int) -> list[tuple[int, int, int, int, int]]:
         # bisect touches some 15 rows; np.searchsorted would copy the whole column for each sample.
@@ -120,7 +137,7 @@ class ShardReader:
 
     def _read_member(self, sample: int, row: tuple[int, int, int, int, int]) -> bytes:
         _, _, offset, size, crc32 = row
-        content = os.pread(self._file.fileno(), size, offset)
+        content = self._pread(size, offset)
         if len(content) < size:
             raise self.corrupt(sample, "the tar ends inside it")
         if zlib.crc32(content) != crc32:

@@ -27,8 +27,8 @@ _METADATA = re.compile(r"__[^/]*__($|/)")
 class Scan:
     """The samples of one tar, added member by member in stored order."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        self.path = path  # or what it is called in messages
         self.offsets: list[int] = []  # of the first header of each sample, then of the end of the last one
         self.members: list[tuple[int, int, int, int, int]] = []  # rows of MEMBER
         self.extensions: dict[str, tuple[int, int]] = {}  # -> (`field` in MEMBER, number of samples)
@@ -69,19 +69,24 @@ class Scan:
         return f"after sample {self._key!r} ({len(self.offsets)} read)" if self._key else "before any sample"
 
 
-def scan_tar(path: Path) -> Scan:
-    """Index every sample of a tar, with the crc32 of each member; ValueError unless the tar is whole."""
+def scan_tar(path: Path, name: str | None = None) -> Scan:
+    """Index every sample of a tar, with the crc32 of each member; ValueError unless the tar is whole.
+
+    `name` is what messages call it.
+    """
     size = path.stat().st_size
-    scan = Scan(path)
+    scan = Scan(name or path)
     with path.open("rb") as file:
-        _check_start(path, file, size)
+        _check_start(scan.path, file, size)
         try:
             end = _scan_members(scan, file, size)
         except tarfile.TarError as error:
-            raise ValueError(f"{path} is truncated or corrupt {scan.after()}: {error}; {_REMEDY}") from error
+            raise ValueError(
+                f"{scan.path} is truncated or corrupt {scan.after()}: {error}; {_REMEDY}"
+            ) from error
         _check_end(scan, file, end, size)
     if not scan.offsets:
-        raise ValueError(f"{path} holds no sample; a sample is made of files named <key>.<extension>")
+        raise ValueError(f"{scan.path} holds no sample; a sample is made of files named <key>.<extension>")
     scan.offsets.append(end)
     return scan
 
@@ -121,7 +126,7 @@ def _crc32(file: BinaryIO, member: tarfile.TarInfo) -> int:
     return crc32
 
 
-def _check_start(path: Path, file: BinaryIO, size: int) -> None:
+def _check_start(path: Path | str, file: BinaryIO, size: int) -> None:
     start = file.read(_BLOCK)
     file.seek(0)
     for magic, name in _COMPRESSED.items():

@@ -3,7 +3,8 @@
 `<shard>.tar.idx` holds N+1 little-endian uint64 offsets, as Megatron-Energon writes them; the last is where
 the end-of-archive blocks begin. `<shard>.tar.members.npy` says where each member lies and its crc32.
 `<shard>.tar.json` is written last and makes the others valid. A folder that cannot be written to has its
-indexes in a cache. Nothing here is ever pickled.
+indexes in a cache; those of a remote shard lie where the tar is cached, and stay when it goes. Nothing here is ever
+pickled.
 """
 
 import hashlib
@@ -14,11 +15,13 @@ import os
 import uuid
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from d2v_ds.data.cache import RemoteShard, acquire, fetch_beside, remote_size
 from d2v_ds.data.scan import MEMBER, scan_tar
 
 VERSION = 1
@@ -37,6 +40,31 @@ class ShardIndex:
     extension_counts: dict[str, int]
     """extension -> samples that have it; the place of an extension here is a member's `field`"""
     members_sha256: str
+    remote: RemoteShard | None = None
+    """where the tar comes from, if it is not always there"""
+
+    def __str__(self) -> str:
+        return str(self.remote or self.path)
+
+    def open(self) -> BinaryIO:
+        """The tar; a remote one is fetched if it is not cached, and locked shared."""
+        if self.remote is None:
+            return self.path.open("rb", buffering=0)
+        return acquire(self.remote, self.size, self.differs)
+
+    def differs(self, path: Path) -> str | None:
+        """How a tar that was fetched differs from what was indexed; None if not at all."""
+        if path.stat().st_size != self.size:
+            return f"{path.stat().st_size} bytes came, {self.size} were indexed"
+        with path.open("rb", buffering=0) as file:
+            wrong = [
+                row["sample"]
+                for row in self.members()
+                if zlib.crc32(os.pread(file.fileno(), int(row["size"]), int(row["offset"]))) != row["crc32"]
+            ]
+        if not wrong:
+            return None
+        return f"{len(set(wrong))} of {self.num_samples} samples differ from the index (crc32)"
 
     def offsets(self) -> np.ndarray:
         """(N+1,) uint64 offsets of the samples."""
@@ -54,11 +82,14 @@ class ShardIndex:
         return np.frombuffer(content, dtype=MEMBER, offset=len(content) - num_rows * MEMBER.itemsize)
 
 
-def build_index(path: Path) -> ShardIndex:
-    """Scan a tar and write its sidecars; ValueError if it is truncated, corrupt or ambiguous."""
+def build_index(path: Path, name: str | None = None) -> ShardIndex:
+    """Scan a tar and write its sidecars; ValueError if it is truncated, corrupt or ambiguous.
+
+    `name` is what messages call it.
+    """
     path = Path(path)
     size = path.stat().st_size
-    scan = scan_tar(path)
+    scan = scan_tar(path, name)
     members = npy_bytes(np.array(scan.members, dtype=MEMBER))
     offsets = np.array(scan.offsets, dtype="<u8").tobytes()
     record = {
@@ -77,6 +108,55 @@ def build_index(path: Path) -> ShardIndex:
     write_atomically(sidecar(folder, path, "idx"), offsets)
     write_atomically(sidecar(folder, path, "json"), json.dumps(record, indent=1).encode())
     return _from_record(path, folder, record)
+
+
+def index_remote(shard: RemoteShard) -> ShardIndex:
+    """The index that is published beside a remote tar, else built: the tar is fetched into the cache once."""
+    shard.make_folder()
+    if index := find_remote_index(shard):
+        return index
+    file = acquire(shard)
+    try:
+        return replace(load_remote_index(shard) or build_index(shard.path, str(shard)), remote=shard)
+    finally:
+        file.close()
+
+
+def find_remote_index(shard: RemoteShard) -> ShardIndex | None:
+    """The index of a remote tar that is in the cache, or published beside the tar."""
+    shard.make_folder()
+    return load_remote_index(shard) or _fetch_index(shard)
+
+
+def load_remote_index(shard: RemoteShard) -> ShardIndex | None:
+    """The index of a remote tar if it is in the cache; the tar is compared with it when it is fetched."""
+    index = stored_index(shard.path)
+    return index and replace(index, remote=shard)
+
+
+def _fetch_index(shard: RemoteShard) -> ShardIndex | None:
+    content = fetch_beside(shard, "json")
+    try:
+        record = json.loads(content or b"")
+        sizes = record["sidecars"]
+        if record["version"] != VERSION or record["size"] != remote_size(shard):
+            return None
+    except (ValueError, KeyError, TypeError):  # there is none, or it is another tool's
+        return None
+    fetched = {name: fetch_beside(shard, name) for name in ("members.npy", "idx")}
+    if any(part is None or len(part) != sizes.get(name) for name, part in fetched.items()):
+        return None
+    if hashlib.sha256(fetched["members.npy"]).hexdigest() != record.get("members_sha256"):
+        return None
+    for name, part in [*fetched.items(), ("json", content)]:
+        write_atomically(sidecar(shard.folder, shard.path, name), part)
+    return load_remote_index(shard)
+
+
+def fetch_column(index: ShardIndex, name: str) -> None:
+    """Takes over the column that is published beside a remote tar, if there is one; whether it fits, loading says."""
+    if index.remote and (content := fetch_beside(index.remote, f"{name}.npy")):
+        write_atomically(sidecar(index.folder, index.path, f"{name}.npy"), content)
 
 
 def load_index(path: Path) -> ShardIndex | None:

@@ -1,6 +1,7 @@
 """Is each shard what its index, and what was published of it, say? Every byte is read; nothing is changed.
 
-A shard without an index is checked alone: that it is a whole tar, with unique keys and an end of archive.
+A shard without an index is checked alone: that it is a whole tar, with unique keys and an end of archive. A remote one
+is fetched anew, whatever the cache holds.
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from d2v_ds.data import remote
+from d2v_ds.data.cache import RemoteShard, acquire, drop
+from d2v_ds.data.index import Shard
 from d2v_ds.data.parallel import Progress, map_shards
 from d2v_ds.data.reader import CorruptSample, ShardReader
 from d2v_ds.data.scan import MEMBER, Scan, scan_tar
-from d2v_ds.data.shard import ShardIndex, read_record, stored_index
+from d2v_ds.data.shard import ShardIndex, find_remote_index, read_record, stored_index
+
+Published = dict[str, list[dict[str, Any]]]
+"""name of a shard -> what was published of it"""
 
 SHOWN = 20
 """Samples of a shard that are named."""
@@ -39,22 +46,39 @@ class Report:
 
 
 def verify_shards(
-    paths: list[Path], workers: int | None = None, progress: Progress | None = print
+    paths: list[Shard], workers: int | None = None, progress: Progress | None = print
 ) -> list[Report]:
     """One report for each shard, in their order."""
-    published = {folder: _published(folder) for folder in {path.parent for path in paths}}
+    published = {
+        folder: _published(folder, shard) for folder, shard in {_folder(s): s for s in paths}.items()
+    }
     job = functools.partial(verify_shard, published=published)
     return map_shards(job, paths, workers, progress, "verified")
 
 
-def verify_shard(path: Path, published: dict[Path, dict[str, list[dict[str, Any]]]]) -> Report:
+def verify_shard(shard: Shard, published: dict[str, Published]) -> Report:
     """Reads all of a shard; nothing that is wrong with it is raised."""
-    report = Report(str(path))
+    report = Report(str(shard))
+    rows = published.get(_folder(shard), {}).get(shard.name, [])
+    if not isinstance(shard, RemoteShard):
+        _verify_file(shard, rows, report)
+        return report
+    try:
+        find_remote_index(shard)
+        drop(shard)
+        with acquire(shard):  # stays while it is read
+            _verify_file(shard.path, rows, report)
+    except OSError as error:
+        report.problems.append(str(error))
+    return report
+
+
+def _verify_file(path: Path, rows: list[dict[str, Any]], report: Report) -> None:
     index = None
     try:
         report.size = path.stat().st_size
         index = _index(path, report)
-        scan = scan_tar(path)
+        scan = scan_tar(path, report.shard)
     except (ValueError, OSError) as error:
         report.problems.append(str(error))
         if index is not None:
@@ -65,9 +89,8 @@ def verify_shard(path: Path, published: dict[Path, dict[str, list[dict[str, Any]
         _note_dots(report)
         if index is not None:
             _compare(index, scan, report)
-    for row in published.get(path.parent, {}).get(path.name, ()):
+    for row in rows:
         _compare_published(path, row, report)
-    return report
 
 
 def summary(reports: list[Report]) -> dict[str, Any]:
@@ -154,26 +177,42 @@ def _note_dots(report: Report) -> None:
             )
 
 
-def _published(folder: Path) -> dict[str, list[dict[str, Any]]]:
+def _folder(shard: Shard) -> str:
+    return str(shard).rpartition("/")[0]
+
+
+def _published(folder: str, shard: Shard) -> Published:
     """Of each shard what files in its folder say: manifest.json of `d2v prepare`, _info.json of timm."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for split in _splits(folder / "manifest.json"):
+    rows: Published = {}
+    for split in _splits(folder, "manifest.json", shard):
         for row in split.get("shards", ()):
             rows.setdefault(row.get("file"), []).append({**row, "source": "manifest.json"})
-    for split in _splits(folder / "_info.json"):
+    for split in _splits(folder, "_info.json", shard):
         for name, samples in zip(split.get("filenames", ()), split.get("shard_lengths", ()), strict=False):
             rows.setdefault(name, []).append({"samples": samples, "source": "_info.json"})
     return rows
 
 
-def _splits(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
+def _splits(folder: str, name: str, shard: Shard) -> list[dict[str, Any]]:
+    content = _read(folder, name, shard)
     try:
-        splits = json.loads(file.read_bytes())["splits"]
+        splits = json.loads(content)["splits"] if content else {}
         return [split for split in splits.values() if isinstance(split, dict)]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []  # of another tool
+
+
+def _read(folder: str, name: str, shard: Shard) -> bytes | None:
+    if not isinstance(shard, RemoteShard):
+        file = Path(folder) / name
+        return file.read_bytes() if file.is_file() else None
+    if shard.url.startswith("pipe:"):
+        return None
+    with remote.reading(shard.settings):
+        try:
+            return remote.read_all(f"{folder}/{name}")
+        except remote.Missing:
+            return None
 
 
 def _compare_published(path: Path, row: dict[str, Any], report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -74,9 +75,9 @@ class StreamConfig(Config):
 def shard_pattern(data: str, shards: str) -> str | list[str]:
     """`data` may be a folder (then `shards` names files in it) or a shard pattern of its own."""
     parts = data.split("::")
-    if any(part.endswith(".tar") or set(part) & set("*{?") for part in parts):
+    if any(part.endswith(".tar") or set(part) & set("*{?") or part.startswith("pipe:") for part in parts):
         return data
-    return [str(Path(part) / name) for part in parts for name in shards.split("::")]
+    return [os.path.join(part, name) for part in parts for name in shards.split("::")]
 
 
 def open_source(name: str, config: Any, data: str) -> Source:

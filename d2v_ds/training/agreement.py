@@ -12,6 +12,7 @@ from torch import Tensor
 
 from d2v_ds.config import dotted_keys
 from d2v_ds.data import MicroBatch
+from d2v_ds.data.remote import Remote
 from d2v_ds.model.batch import Batch
 from d2v_ds.recipe import Recipe
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from d2v_ds.training.run import Run
 
 Result = TypeVar("Result")
-LOCAL = {"data", "init", "train.workers"}
+LOCAL = {"data", "init", "train.workers", *(f"remote.{key}" for key in Remote.model_fields)}
 """Keys that may differ between machines."""
 
 

@@ -19,6 +19,7 @@ import yaml
 
 from d2v_ds.config import dotted_keys
 from d2v_ds.data import DataError, FaultLog, Plan, Source, StepLoader
+from d2v_ds.data.remote import reading
 from d2v_ds.engine import checkpoint as checkpoints
 from d2v_ds.engine.build import build_engine, build_optimizer
 from d2v_ds.engine.ds_config import find_config, read_config, resolve_config
@@ -319,21 +320,26 @@ def check_same_init(recipe: Recipe, saved: checkpoints.Checkpoint) -> Recipe:
 
 def open_sources(recipe: Recipe, rank: int) -> list[Source]:
     """Rank 0 builds what is missing of the index, then all read it; an error of rank 0 reaches all."""
-    outcome: list[str | None] = [None]
+    outcome: list[tuple[str, str] | None] = [None]
     sources: list[Source] = []
-    if rank == 0:
-        try:
-            sources = [open_source(name, config, recipe.data) for name, config in recipe.modalities.items()]
-        except ValueError as error:
-            outcome = [str(error)]
-    dist.broadcast_object_list(outcome)
-    if outcome[0]:
-        raise ValueError(outcome[0])
-    return together(
-        lambda: (
-            sources or [open_source(name, config, recipe.data) for name, config in recipe.modalities.items()]
+    with reading(recipe.remote):
+        if rank == 0:
+            try:
+                sources = [
+                    open_source(name, config, recipe.data) for name, config in recipe.modalities.items()
+                ]
+            except (ValueError, OSError) as error:
+                outcome = [("data" if isinstance(error, ValueError) else "machine", str(error))]
+        dist.broadcast_object_list(outcome)
+        if outcome[0]:
+            whose, message = outcome[0]
+            raise ValueError(message) if whose == "data" else OSError(message)
+        return together(
+            lambda: (
+                sources
+                or [open_source(name, config, recipe.data) for name, config in recipe.modalities.items()]
+            )
         )
-    )
 
 
 def fingerprints(sources: list[Source]) -> dict[str, str]:

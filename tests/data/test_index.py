@@ -269,8 +269,6 @@ def test_shard_patterns(write_shards: Writer, monkeypatch: pytest.MonkeyPatch) -
         ("{folder}/train-{{000002..000003}}.tar", "train-000003.tar matches nothing"),
         ("{folder}/*.zip", "matches nothing"),
         ("{folder}/train-000000.tar::{folder}", "2 times"),
-        ("s3://bucket/a.tar", "not supported yet; download"),
-        ("pipe:cat a.tar", "not supported yet; download"),
         ("{folder}/a-{{000", "brace"),
     ],
 )

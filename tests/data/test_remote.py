@@ -1,0 +1,520 @@
+"""Shards that lie elsewhere give the same batches, whatever the server does, on bounded disk."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from bad_server import Site, serve
+from tars import payload
+from test_loader import ByteSamples, as_values, make_plan
+
+from d2v_ds.cli import main
+from d2v_ds.data import Corpus, CorruptSample, Source, StepLoader, build_index, expand_shards
+from d2v_ds.data import cache as caches
+from d2v_ds.data import remote as remotes
+from d2v_ds.data.cache import Needs, RemoteShard, acquire, evict, locked, needs, used
+from d2v_ds.data.remote import Missing, Remote, RemoteError, reading
+
+Writer = Callable[..., list[Path]]
+SHARDS, SAMPLES = 5, 7
+NAMES = "train-{000000..000004}.tar"
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remotes, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(remotes, "SMALLEST_PIECE", 1024)
+
+
+@pytest.fixture
+def local(write_shards: Writer) -> list[Path]:
+    return write_shards(shards=SHARDS, samples=SAMPLES)
+
+
+@pytest.fixture
+def site(local: list[Path]) -> Site:
+    return Site({path.name: path.read_bytes() for path in local})
+
+
+def settings_of(tmp_path: Path, **more) -> Remote:
+    return Remote(cache=str(tmp_path / "cache"), **{"retry_minutes": 0.2, **more})
+
+
+def gib(size: float) -> float:
+    return size / (1 << 30)
+
+
+def open_corpus(pattern: str, settings: Remote) -> Corpus:
+    with reading(settings):
+        return Corpus.open(expand_shards(pattern), ByteSamples.fields, progress=None, workers=1)
+
+
+def sources_of(corpus: Corpus) -> list[Source]:
+    return [Source("image", corpus, ByteSamples(corpus), 4, 6)]
+
+
+def batches(corpus: Corpus, steps: int = 3, workers: int = 0) -> list:
+    sources = sources_of(corpus)
+    return [as_values(step) for step in StepLoader(sources, make_plan(sources), 0, 1, 0, steps, workers)]
+
+
+def local_batches(local: list[Path], steps: int = 3) -> list:
+    return batches(Corpus.open(local, ByteSamples.fields, progress=None, workers=1), steps)
+
+
+def cached(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache").glob("*/*.tar"))
+
+
+# ---- the same data ----
+
+MANNERS = {
+    "well": {},
+    "sluggish": {"seconds_per_piece": 0.01},
+    "cut": {"cut_after": 3000},
+    "short": {"short": 2500},
+    "failing": {"errors": 4},
+    "without ranges": {"ranges": False},
+    "without ranges and cut": {"ranges": False, "cut_after": 9000},
+}
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+def test_batches_are_those_of_local_shards(local, site, tmp_path, manner):
+    """And the fingerprint; nothing is left half fetched."""
+    if manner == "without ranges and cut":
+        site.cut_after = max(len(content) for content in site.files.values()) - 1
+    for key, value in MANNERS[manner].items():
+        setattr(site, key, value)
+    with serve(site) as url:
+        if manner == "without ranges and cut":
+            threading.Timer(0.4, lambda: setattr(site, "cut_after", None)).start()
+        corpus = open_corpus(f"{url}/{NAMES}", settings_of(tmp_path))
+        assert batches(corpus) == local_batches(local)
+    assert corpus.fingerprint == Corpus.open(local, ByteSamples.fields, progress=None).fingerprint
+    assert not list((tmp_path / "cache").rglob("*.part")) and len(cached(tmp_path)) == SHARDS
+    assert site.is_cut or "cut" not in manner
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cache_smaller_than_the_corpus_gives_the_same_and_stays_within_its_limit(
+    local, site, tmp_path, workers
+):
+    limit = int(2.2 * max(len(content) for content in site.files.values()))
+    largest, watching = [0], True
+
+    def watch() -> None:
+        root = tmp_path / "cache"
+        while watching:
+            if (root / "lock").is_file():
+                with locked(root / "lock"):
+                    files = [
+                        os.stat(p) for p in root.glob("*/*") if p.suffix in (".tar", ".part") and p.is_file()
+                    ]
+                largest[0] = max(largest[0], sum({file.st_ino: file.st_size for file in files}.values()))
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with serve(site) as url:
+            corpus = open_corpus(f"{url}/{NAMES}", settings_of(tmp_path, cache_gib=gib(limit)))
+            assert batches(corpus, workers=workers) == local_batches(local)
+    finally:
+        watching = False
+        watcher.join()
+    assert 0 < largest[0] <= limit and len(site.asked) > 3 * SHARDS
+
+
+def test_a_server_that_goes_away_is_waited_for(local, site, tmp_path):
+    """For a while; training stands still and goes on."""
+    limit = int(2.2 * max(len(content) for content in site.files.values()))
+    settings = settings_of(tmp_path, cache_gib=gib(limit), retry_minutes=0.5)
+    with serve(site) as url:
+        sources = sources_of(open_corpus(f"{url}/{NAMES}", settings))
+        steps = iter(StepLoader(sources, make_plan(sources), 0, 1, 0, 3))
+        read = [as_values(next(steps))]
+        site.is_away = True
+        threading.Timer(1.0, lambda: setattr(site, "is_away", False)).start()
+        read += [as_values(step) for step in steps]
+    assert read == local_batches(local)
+
+
+def test_a_server_that_stays_away_is_named(site, tmp_path):
+    with serve(site) as url:
+        corpus = open_corpus(f"{url}/train-000000.tar", settings_of(tmp_path, retry_minutes=0.01))
+        cached(tmp_path)[0].unlink()
+        site.is_away = True
+        with pytest.raises(RemoteError, match=r"train-000000.tar cannot be read, tried for .*remote.retry_minutes"):
+            corpus.read(0)
+
+
+def test_ahead_of_the_plan(local, site, tmp_path):
+    """Shards come although nobody reads them; what the plan needs first comes first."""
+    with serve(site) as url:
+        corpus = open_corpus(f"{url}/{NAMES}", settings_of(tmp_path, connections=1))
+        for path in cached(tmp_path):
+            path.unlink()
+        site.asked.clear()
+        sources = sources_of(corpus)
+        steps = iter(StepLoader(sources, make_plan(sources), 0, 1, 0, 3, workers=1))
+        next(steps)
+        until = time.monotonic() + 10
+        while len(cached(tmp_path)) < SHARDS and time.monotonic() < until:
+            time.sleep(0.05)
+        steps.close()
+    assert len(cached(tmp_path)) == SHARDS
+    assert len(site.asked) == SHARDS  # once each, by whoever came first
+
+
+# ---- the index ----
+
+
+def test_a_published_index_is_taken_and_tars_wait_until_they_are_read(local, site, tmp_path):
+    for path in local:
+        build_index(path)
+        for name in ("idx", "json", "members.npy"):
+            site.files[f"{path.name}.{name}"] = path.with_name(f"{path.name}.{name}").read_bytes()
+    with serve(site) as url:
+        corpus = open_corpus(f"{url}/{NAMES}", settings_of(tmp_path))
+        assert len(corpus) == SHARDS * SAMPLES and cached(tmp_path) == []
+        assert corpus.read(9)["content"] == payload(1, 2) and len(cached(tmp_path)) == 1
+
+
+def test_a_published_index_of_another_tar_is_not_taken(local, site, tmp_path, write_shards):
+    build_index(local[0])
+    for name in ("idx", "json", "members.npy"):
+        site.files[f"{local[0].name}.{name}"] = local[0].with_name(f"{local[0].name}.{name}").read_bytes()
+    (other,) = write_shards(shards=1, samples=30, folder="other")
+    site.files[local[0].name] = other.read_bytes()
+    with serve(site) as url:
+        assert len(open_corpus(f"{url}/{local[0].name}", settings_of(tmp_path))) == 30
+
+
+def test_the_index_is_built_once_and_needs_no_server_later(site, tmp_path):
+    with serve(site) as url:
+        first = open_corpus(f"{url}/{NAMES}", settings_of(tmp_path))
+    asked = len(site.asked)
+    again = open_corpus(f"{url}/{NAMES}", settings_of(tmp_path))
+    assert again.fingerprint == first.fingerprint and len(site.asked) == asked
+    assert again.read(3)["content"] == payload(0, 3)
+
+
+def test_lengths_are_measured_while_a_shard_is_cached(site, tmp_path):
+    """One fetch a shard, although the cache holds one only."""
+    limit = int(1.2 * max(len(content) for content in site.files.values()))
+    with serve(site) as url, reading(settings_of(tmp_path, cache_gib=gib(limit))):
+        corpus = Corpus.open(
+            expand_shards(f"{url}/{NAMES}"),
+            ByteSamples.fields,
+            lambda s: 1 + len(s["content"]),
+            "n",
+            0,
+            1,
+            None,
+        )
+    assert len(corpus) == SHARDS * SAMPLES
+    assert sum(path.endswith(".tar") for path in site.asked) == SHARDS
+
+
+def test_a_broken_remote_shard_is_refused_by_its_url(site, tmp_path):
+    site.files["train-000001.tar"] = site.files["train-000001.tar"][:3000]
+    with (
+        serve(site) as url,
+        pytest.raises(ValueError, match=f"{url}/train-000001.tar is truncated at byte 3000"),
+    ):
+        open_corpus(f"{url}/train-000001.tar", settings_of(tmp_path))
+
+
+def test_equal_names_at_other_urls_do_not_mix(site, tmp_path):
+    site.files |= {f"other/{name}": site.files["train-000003.tar"] for name in ("train-000000.tar",)}
+    with serve(site) as url:
+        settings = settings_of(tmp_path)
+        one, two = (open_corpus(f"{url}/{p}train-000000.tar", settings) for p in ("", "other/"))
+        three = open_corpus(f"{url}/train-000000.tar?version=2", settings)
+    assert one.read(1)["content"] == payload(0, 1) and two.read(1)["content"] == payload(3, 1)
+    assert three.indexes[0].path.name == "train-000000.tar" and len(cached(tmp_path)) == 3
+
+
+# ---- faults ----
+
+
+def test_a_replaced_shard_of_another_size_is_named(site, tmp_path):
+    with serve(site) as url:
+        corpus = open_corpus(f"{url}/train-000000.tar", settings_of(tmp_path))
+        cached(tmp_path)[0].unlink()
+        site.files["train-000000.tar"] += bytes(10240)
+        with pytest.raises(
+            RemoteError, match=r"train-000000.tar has \d+ bytes, when it was indexed \d+: it was replaced"
+        ):
+            corpus.read(0)
+
+
+def test_samples_that_rotted_at_the_source_are_quarantined_alone(site, tmp_path, caplog):
+    with serve(site) as url:
+        corpus = open_corpus(f"{url}/train-000000.tar", settings_of(tmp_path))
+        cached(tmp_path)[0].unlink()
+        content = bytearray(site.files["train-000000.tar"])
+        content[content.index(payload(0, 2)) + 3] ^= 1
+        site.files["train-000000.tar"] = bytes(content)
+        with caplog.at_level(logging.WARNING):
+            assert corpus.read(3)["content"] == payload(0, 3)
+        with pytest.raises(CorruptSample, match="part/0-00002: its bytes differ"):
+            corpus.read(2)
+    assert "1 of 7 samples differ from the index" in caplog.text and "try 3 of 3" in caplog.text
+
+
+def test_a_body_that_was_damaged_on_its_way_is_fetched_again(site, tmp_path):
+    with serve(site) as url:
+        corpus = open_corpus(f"{url}/train-000000.tar", settings_of(tmp_path))
+        cached(tmp_path)[0].unlink()
+        whole = site.files["train-000000.tar"]
+        site.files["train-000000.tar"] = bytes(len(whole))
+        before = len(site.asked)
+
+        def mend() -> None:
+            while len(site.asked) == before:
+                time.sleep(0.001)
+            time.sleep(0.01)
+            site.files["train-000000.tar"] = whole
+
+        thread = threading.Thread(target=mend)
+        thread.start()
+        assert [corpus.read(i)["content"] for i in range(7)] == [payload(0, i) for i in range(7)]
+        thread.join()
+    assert len(site.asked) >= before + 2
+
+
+def test_what_is_not_there_is_told_at_once(site, tmp_path):
+    with serve(site) as url, pytest.raises(Missing, match="absent.tar cannot be read: "):
+        open_corpus(f"{url}/absent.tar", settings_of(tmp_path, retry_minutes=10))
+
+
+def test_a_shard_above_the_limit_is_told_with_numbers(site, tmp_path):
+    with (
+        serve(site) as url,
+        pytest.raises(RemoteError, match=r"has 0\.0 MB, the cache .* may hold 0\.0 MB; set"),
+    ):
+        open_corpus(f"{url}/train-000000.tar", settings_of(tmp_path, cache_gib=gib(5000)))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("ftp://host/a.tar", "no URL that shards can be read from"),
+        ("pipe:cat a.tar", "would run a command; .* remote.pipe=true"),
+        ("https:/host/a.tar", "no URL that shards can be read from"),
+    ],
+)
+def test_urls_that_are_not_read_are_errors(pattern, message):
+    with pytest.raises(ValueError, match=message):
+        expand_shards(pattern)
+
+
+def test_a_client_that_is_not_installed_is_told_with_its_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(
+        ValueError, match=r"needs s3fs, which is not installed: pip install 'd2v_ds\[remote\]'"
+    ):
+        expand_shards("s3://bucket/a.tar")
+
+
+# ---- commands ----
+
+
+def test_a_command_gives_shards_where_it_is_allowed(local, tmp_path):
+    settings = settings_of(tmp_path, pipe=True)
+    corpus = open_corpus(f"pipe:cat {local[0].parent}/{NAMES}", settings)
+    assert batches(corpus) == local_batches(local) and corpus.indexes[2].path.name == "train-000002.tar"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("echo broken >&2; exit 3", "ended with exit code 3: broken"),
+        ("false | cat", "ended with exit code 1"),
+    ],
+)
+def test_a_command_that_fails_is_named(tmp_path, command, message):
+    with pytest.raises(RemoteError, match=message):
+        open_corpus(f"pipe:{command}", settings_of(tmp_path, pipe=True, retry_minutes=0.002))
+
+
+def test_a_command_that_ends_too_early_is_a_truncated_shard(local, tmp_path):
+    with pytest.raises(ValueError, match="is truncated at byte 4000"):
+        open_corpus(f"pipe:head -c 4000 {local[0]}", settings_of(tmp_path, pipe=True))
+
+
+# ---- the cache, shared ----
+
+
+def shards_in(tmp_path: Path, url: str, **more) -> list[RemoteShard]:
+    with reading(settings_of(tmp_path, **more)):
+        return expand_shards(f"{url}/{NAMES}")
+
+
+def test_processes_that_want_a_shard_at_once_fetch_it_once(site, tmp_path):
+    site.seconds_per_piece = 0.02
+    with serve(site) as url:
+        shard = shards_in(tmp_path, url)[0]
+        processes = [
+            multiprocessing.get_context("fork").Process(target=acquire, args=(shard,)) for _ in range(4)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    assert [process.exitcode for process in processes] == [0] * 4 and len(site.asked) == 1
+
+
+def test_what_a_killed_process_leaves_is_taken_over(site, tmp_path):
+    """Its half of a file is removed and counts no more; its lock is free."""
+    site.seconds_per_piece = 0.2
+    with serve(site) as url:
+        shard = shards_in(tmp_path, url)[0]
+        process = multiprocessing.get_context("fork").Process(target=acquire, args=(shard,))
+        process.start()
+        until = time.monotonic() + 10
+        while not list((tmp_path / "cache").glob("*/*.part")) and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert list((tmp_path / "cache").glob("*/*.part"))
+        assert used(tmp_path / "cache") == 0
+        site.seconds_per_piece = 0
+        with acquire(shard) as file:
+            assert os.pread(file.fileno(), 1 << 20, 0) == site.files["train-000000.tar"]
+
+
+def test_what_is_needed_last_goes_first(site, tmp_path):
+    root = tmp_path / "cache"
+    with serve(site) as url:
+        shards = shards_in(tmp_path, url)
+        for shard in shards:
+            acquire(shard).close()
+    plan = Needs(root)
+    plan.write([shards[i] for i in (3, 0, 4)])
+    gone = []
+    for _ in range(SHARDS):
+        before = {path.name for path in cached(tmp_path)}
+        with locked(root / "lock"):
+            assert evict(root, 1) > 0
+        (name,) = before - {path.name for path in cached(tmp_path)}
+        gone.append(int(name[6:12]))
+    assert gone == [1, 2, 4, 0, 3]  # 1 and 2 are in no plan: the older first
+    plan.close()
+    with locked(root / "lock"):
+        assert needs(root) == {}
+
+
+def test_what_is_fetched_ahead_displaces_nothing_that_is_needed_sooner(site, tmp_path):
+    limit = int(1.5 * max(len(content) for content in site.files.values()))
+    with serve(site) as url:
+        shards = shards_in(tmp_path, url, cache_gib=gib(limit))
+        acquire(shards[0]).close()
+        plan = Needs(tmp_path / "cache")
+        plan.write(shards[:2])
+        with pytest.raises(caches.NoRoom):
+            acquire(shards[1], position=1)
+        acquire(shards[1]).close()  # needed now
+        plan.close()
+    assert [path.name for path in cached(tmp_path)] == ["train-000001.tar"]
+
+
+def test_what_is_being_read_stays(site, tmp_path):
+    with serve(site) as url:
+        shards = shards_in(tmp_path, url)
+        file = acquire(shards[0])
+        acquire(shards[1]).close()
+    root = tmp_path / "cache"
+    with locked(root / "lock"):
+        evict(root, 10**9)
+    assert [path.name for path in cached(tmp_path)] == ["train-000000.tar"]
+    file.close()
+    with locked(root / "lock"):
+        evict(root, 10**9)
+    assert cached(tmp_path) == []
+
+
+def test_a_reader_whose_shard_was_evicted_fetches_it_again(site, tmp_path):
+    with serve(site) as url:
+        corpus = open_corpus(f"{url}/train-000000.tar", settings_of(tmp_path))
+        assert corpus.read(1)["content"] == payload(0, 1)
+        with locked(tmp_path / "cache" / "lock"):
+            assert evict(tmp_path / "cache", 1) > 0
+        assert corpus.read(2)["content"] == payload(0, 2)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half(site, tmp_path):
+    """On a file system of 64 kB of our own."""
+    (tmp_path / "disk").mkdir()
+    script = f"""
+mount -t tmpfs -o size=64k none {tmp_path}/disk || exit 77
+{sys.executable} - <<'EOF'
+from d2v_ds.data import expand_shards
+from d2v_ds.data.cache import acquire, RemoteError
+from d2v_ds.data.remote import Remote, reading
+with reading(Remote(cache="{tmp_path}/disk", retry_minutes=0.005)):
+    shards = expand_shards("http://127.0.0.1:{{port}}/{NAMES}")
+kept = [acquire(shards[i]) for i in (0,)]
+try:
+    for shard in shards[1:]:
+        kept.append(acquire(shard))
+    print("no error")
+except RemoteError as error:
+    print(error)
+kept.clear()
+acquire(shards[4]).close()
+print("others make room")
+EOF
+ls -a {tmp_path}/disk/*
+"""
+    with serve(site) as url:
+        done = subprocess.run(
+            [
+                "unshare",
+                "--user",
+                "--map-root-user",
+                "--mount",
+                "bash",
+                "-c",
+                script.replace("{port}", url.rpartition(":")[2]),
+            ],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
+        )
+    if done.returncode in (1, 77) and "Traceback" not in done.stderr:
+        pytest.skip(f"no mount of our own: {done.stderr}")
+    assert "is full (0.0 MB are free, the cache holds" in done.stdout, done.stdout + done.stderr
+    assert "others make room" in done.stdout and ".part" not in done.stdout
+
+
+# ---- from a shell ----
+
+
+def test_index_verify_and_preview_work_on_urls(site, tmp_path, capsys):
+    with serve(site) as url:
+        options = ["--cache", str(tmp_path / "cache"), "--retry-minutes", "0.01", "--workers", "2"]
+        assert main(["index", f"{url}/{NAMES}", *options]) == 0
+        assert "35 samples in 5 shards" in capsys.readouterr().out
+        assert main(["verify", f"{url}/{NAMES}", *options]) == 0
+        assert "all in order" in capsys.readouterr().out
+        assert main(["preview", f"{url}/{NAMES}", "--out", str(tmp_path / "p.png"), *options]) == 0
+        assert ".bin" in capsys.readouterr().out
+        content = bytearray(site.files["train-000002.tar"])
+        content[content.index(payload(2, 3)) + 5] ^= 1
+        site.files["train-000002.tar"] = bytes(content)
+        assert main(["verify", f"{url}/{NAMES}", *options]) == 1
+        assert f"{url}/train-000002.tar: 1 of 7 samples differ" in capsys.readouterr().out
+        assert main(["verify", f"{url}/absent.tar", *options]) == 1
+        assert "absent.tar cannot be read" in capsys.readouterr().out
+    assert main(["index", "pipe:cat a.tar"]) == 2
