@@ -94,6 +94,12 @@ class Train(Config):
     """Share of unreadable samples above which a run stops."""
     timeout_minutes: float = 30.0
     """How long a rank waits for the others."""
+    hang_seconds: PositiveFloat = 300.0
+    """A step that takes longer, and `hang_factor` times the median, is a hang: stacks are written, the run ends."""
+    hang_factor: NonNegativeFloat = 20.0
+    """0 = nobody watches."""
+    straggler_factor: PositiveFloat = 1.5
+    """The slowest rank is named on the console if it takes this many times what the middle one does."""
     stop_seconds: float = 150.0
     """How long a run that was asked to stop may take to the end of its step; after that it leaves unsaved."""
 
@@ -192,6 +198,9 @@ FREE = {
     "health.min_target_var",
     "health.min_pred_var",
     *(f"remote.{key}" for key in Remote.model_fields),
+    "train.hang_seconds",
+    "train.hang_factor",
+    "train.straggler_factor",
 }
 
 

@@ -76,8 +76,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start_distributed(world: int, timeout_minutes: float = 30) -> torch.device:
-    """Joins the process group, quietly; the device this rank computes on."""
+def start_distributed(world: int, timeout_minutes: float = 30, folder: Path | None = None) -> torch.device:
+    """Joins the process group, quietly; the device this rank computes on. `folder` is where NCCL's flight recorder
+    writes the last collectives of a rank when one runs out of time."""
+    if folder is not None:
+        record_collectives(folder)
     quiet()
     import deepspeed
     import deepspeed.ops
@@ -101,6 +104,13 @@ def start_distributed(world: int, timeout_minutes: float = 30) -> torch.device:
     local_rank = int(os.environ["LOCAL_RANK"])
     get_accelerator().set_device(local_rank)
     return torch.device(get_accelerator().device_name(local_rank))
+
+
+def record_collectives(folder: Path) -> None:
+    """NCCL's flight recorder, before the process group starts; what is set already stays."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl_timeout_rank_"))
 
 
 def leave() -> None:

@@ -91,6 +91,7 @@ def roll_back(run: Run, reason: str) -> None:
     no such checkpoint, or after `max_rollbacks`.
     """
     settings = run.recipe.health
+    run.watchdog.wait_patiently("going back")
     if len(run.rollbacks) >= settings.max_rollbacks:
         raise Collapsed(
             f"{reason}. It went back {len(run.rollbacks)} times (health.max_rollbacks={settings.max_rollbacks}) and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from datetime import timedelta
@@ -28,6 +29,7 @@ class Log:
         health: dict[str, float],
         verdicts: dict[str, str],
         samples_per_second: float,
+        straggler_factor: float,
     ) -> None:
         """Everything about step number `step` (1-based); `verdicts`: of each modality, in a word."""
         append(self.folder / "metrics.jsonl", {"step": step, **metrics})
@@ -38,7 +40,9 @@ class Log:
         for key, value in (metrics | health).items():
             self.writer.add_scalar(key, value, step)
         self.writer.flush()
-        print(self.line(step, metrics, health, samples_per_second), flush=True)
+        line = self.line(step, metrics, health, samples_per_second) + straggler(metrics, straggler_factor)
+        with contextlib.suppress(BrokenPipeError):  # a launcher that is gone does not read
+            print(line, flush=True)
 
     def line(self, step: int, metrics: dict[str, float], health: dict[str, float], rate: float) -> str:
         seconds = (time.perf_counter() - self.started) / max(1, step - self.first_step)
@@ -64,6 +68,14 @@ class Log:
                 f"TensorBoard: tensorboard --logdir {self.folder / 'tensorboard'}",
             ]
         )
+
+
+def straggler(metrics: dict[str, float], factor: float) -> str:
+    """The slowest rank, if it is much slower than the others."""
+    slowest, median = metrics["slowest_rank_seconds"], metrics["median_rank_seconds"]
+    if slowest <= factor * median:
+        return ""
+    return f"  slow: rank {metrics['slowest_rank']:.0f} takes {slowest:.2f} s, others {median:.2f} s"
 
 
 def summary(folder: Path) -> str:

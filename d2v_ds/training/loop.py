@@ -7,7 +7,6 @@ positions (all in the model's forward pass); the engine steps; the teacher follo
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +19,7 @@ from d2v_ds.engine.step import apply_step, one_reduction
 from d2v_ds.model.batch import Batch
 from d2v_ds.model.data2vec import Output
 from d2v_ds.training.agreement import meet
+from d2v_ds.training.clock import Clock
 from d2v_ds.training.codes import Stopped
 from d2v_ds.training.guard import respond, roll_back, steps_of
 from d2v_ds.training.health import Health
@@ -29,10 +29,14 @@ if TYPE_CHECKING:
     from d2v_ds.training.run import Run
 
 
-def train_step(run: Run, micro_batches: list[MicroBatch], report: Report) -> bool:
-    """One optimizer step; False if its gradients were not finite and it was skipped, on all ranks alike."""
+def train_step(run: Run, micro_batches: list[MicroBatch], report: Report) -> bool | None:
+    """One optimizer step; False if its gradients were not finite and it was skipped, None if a rank was asked to stop
+    before it; on all ranks alike."""
     recipe, engine = run.recipe, run.engine
     set_learning_rate(engine, run.lr_scale * learning_rate(recipe.optim, run.step, recipe.train.steps))
+    report.sizes = meet(run, micro_batches)
+    if report.sizes is None:
+        return None
 
     with one_reduction(engine):
         for micro in micro_batches:
@@ -40,6 +44,7 @@ def train_step(run: Run, micro_batches: list[MicroBatch], report: Report) -> boo
             output = engine(batch, is_observed=report.is_wanted)  # student, teacher, loss
             engine.backward(output.loss * scale(run, micro.modality, report.sizes))
             report.observe(batch, output)
+        run.clock.computed()
 
     run.step += 1
     is_applied = apply_step(engine)
@@ -53,15 +58,15 @@ def run_steps(run: Run) -> None:
     """From the run's step to the last one, with log and checkpoints on the way."""
     train = run.recipe.train
     run.engine.train()
-    skipped, clock = 0, Clock()
+    skipped, clock = 0, run.clock
+    clock.start(run.step)
     for micro_batches in run.signals.until_asked(steps_of(run)):
         clock.got_data()
-        sizes = meet(run, micro_batches)
-        if sizes is None:
+        report = Report(run.step == run.first_step or is_due(run.step + 1, train.log_every, train.steps))
+        is_applied = train_step(run, micro_batches, report)
+        if is_applied is None:
             stop(run)
-        is_wanted = run.step == run.first_step or is_due(run.step + 1, train.log_every, train.steps)
-        report = Report(is_wanted, sizes)
-        skipped = 0 if train_step(run, micro_batches, report) else skipped + 1
+        skipped = 0 if is_applied else skipped + 1
         clock.did_step()
         record_faults(run, micro_batches)
         if report.is_wanted:
@@ -70,7 +75,7 @@ def run_steps(run: Run) -> None:
             complain(run, skipped)
         if is_due(run.step, train.save_every, train.steps):
             run.save()
-        clock.start()
+        clock.start(run.step)
     if run.log:
         run.say(f"finished {run.step} steps\n{run.log.close()}")
 
@@ -115,8 +120,10 @@ def is_due(step: int, every: int, last: int) -> bool:
 class Report:
     """Sums over the micro-batches of a step that will be logged."""
 
-    def __init__(self, is_wanted: bool, sizes: dict[str, Tensor]):
-        self.is_wanted, self.sizes = is_wanted, sizes
+    def __init__(self, is_wanted: bool):
+        self.is_wanted = is_wanted
+        self.sizes: dict[str, Tensor] | None = None
+        """Masked tokens of each modality, over all ranks."""
         self.health = Health()
         self.sums: dict[str, Tensor] = {}
 
@@ -137,27 +144,6 @@ class Report:
             key: (value / self.sizes[key.split("/")[0]]).item()
             for key, value in zip(keys, total, strict=True)
         }
-
-
-class Clock:
-    """Seconds of steps since the last log, and how many of them were spent waiting for data."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.steps, self.total, self.waited = 0, 0.0, 0.0
-        self.start()
-
-    def start(self) -> None:
-        self.began = time.perf_counter()
-
-    def got_data(self) -> None:
-        self.waited += time.perf_counter() - self.began
-
-    def did_step(self) -> None:
-        self.total += time.perf_counter() - self.began
-        self.steps += 1
 
 
 def record_faults(run: Run, micro_batches: list[MicroBatch]) -> None:
@@ -204,8 +190,9 @@ def write_log(run: Run, report: Report, clock: Clock) -> None:
         "skipped_steps": run.step - run.first_step - run.applied,
         "samples_per_second": rate,
         "data_wait_share": clock.waited / clock.total,
+        **clock.ranks(),
     }
     if run.log:
-        run.log.step(run.step, metrics, health, run.watch.verdicts(), rate)
+        run.log.step(run.step, metrics, health, run.watch.verdicts(), rate, recipe.train.straggler_factor)
     respond(run, changed, health)
     clock.reset()

@@ -31,6 +31,7 @@ from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import Recipe, is_free, load_recipe, write_yaml
 from d2v_ds.training.agreement import agree, settings, together
 from d2v_ds.training.arguments import Arguments, parse_arguments
+from d2v_ds.training.clock import Clock
 from d2v_ds.training.codes import COLLAPSED, FAILED, LOST, MISTAKE, STOPPED, Stopped, record_code
 from d2v_ds.training.guard import Collapsed, newest_healthy
 from d2v_ds.training.init import Start, read_start
@@ -39,6 +40,7 @@ from d2v_ds.training.loop import Diverged, run_steps
 from d2v_ds.training.signals import Signals, leave_now, listen, stop_listening, tell
 from d2v_ds.training.verdict import Watch
 from d2v_ds.training.volume import describe_volume
+from d2v_ds.training.watchdog import Watchdog
 
 
 @dataclass
@@ -64,6 +66,8 @@ class Run:
     log: Log | None
     faults: FaultLog
     signals: Signals
+    watchdog: Watchdog
+    clock: Clock
     identity: dict[str, Any]
     """What is equal on all ranks throughout."""
     saved: int
@@ -85,7 +89,8 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.rank == 0:
-            print(text, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # a launcher that is gone does not read
+                print(text, flush=True)
 
     def save(self) -> None:
         """Commits a checkpoint, once a step; all ranks call it."""
@@ -104,6 +109,7 @@ class Run:
         }
         self.signals.phase = "saving"
         goes_back = self.rank == 0 and self.recipe.health.on_collapse == "rollback"
+        self.watchdog.wait_patiently("saving")
         path = checkpoints.save(
             self.engine,
             self.ema,
@@ -232,7 +238,7 @@ def train_until_asked(recipe: Recipe, deepspeed: str | None, signals: Signals) -
         path=str(config_path),
     )
     check_ranks(recipe, world)
-    device = start_distributed(world, recipe.train.timeout_minutes)
+    device = start_distributed(world, recipe.train.timeout_minutes, recipe.folder)
     agree(settings(recipe))
     start, problems = choose_checkpoint(recipe.folder)
     if rank == 0:
@@ -254,11 +260,13 @@ def train_until_asked(recipe: Recipe, deepspeed: str | None, signals: Signals) -
     if saved:
         together(lambda: check_same_data(sources, saved))
     begin = Start() if saved else together(lambda: read_start(recipe))
-    identity = {"recipe": recipe.hash(), "data": fingerprints(sources)}
-    agree({**identity, "checkpoint": str(start), "init": begin.fingerprint()})
-    run = build_run(recipe, ds_config, sources, saved, begin, device, rank, world, signals, identity)
+    agree({"data": fingerprints(sources), "checkpoint": str(start), "init": begin.fingerprint()})
+    run = build_run(recipe, ds_config, sources, saved, begin, device, rank, world)
     signals.phase, signals.patience = "running", recipe.train.stop_seconds
-    run_steps(run)
+    try:
+        run_steps(run)
+    finally:
+        run.watchdog.close()
     return recipe.folder
 
 
@@ -365,8 +373,6 @@ def build_run(
     device: torch.device,
     rank: int,
     world: int,
-    signals: Signals,
-    identity: dict[str, Any],
 ) -> Run:
     torch.manual_seed(recipe.seed)  # equal on all ranks: so are the fresh weights
     model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat)
@@ -393,11 +399,16 @@ def build_run(
     if rank == 0:
         write_run_files(recipe, ds_config, sources, world)
         log = Log(recipe.folder, step, recipe.train.steps)
+    train = recipe.train
+    watchdog = Watchdog(
+        recipe.folder, rank, train.hang_factor, train.hang_seconds, patience=60 * train.timeout_minutes
+    )
+    identity = {"recipe": recipe.hash(), "data": fingerprints(sources)}
     faults = FaultLog(recipe.folder / "quarantine.jsonl", recipe.train.max_bad_share)
     run = Run(
         recipe, engine, ema, plan, sources, device, rank, world,
-        step, applied, first_step, updates_before, log, faults, signals, identity, step,
-        Watch(recipe.health.patience),
+        step, applied, first_step, updates_before, log, faults,
+        listen(), watchdog, Clock(watchdog, device), identity, step, Watch(recipe.health.patience),
     )  # fmt: skip
     if saved:
         run.lr_scale, run.rollbacks = saved.loop.get("lr_scale", 1.0), saved.loop.get("rollbacks", [])
