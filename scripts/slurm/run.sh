@@ -2,7 +2,7 @@
 # that was stopped or a machine failed, this job put back into the queue. docs/cluster.md explains it.
 #
 #   D2V_PYTHON      the python to use (default: .venv/bin/python of the checkout if there, else python)
-#   D2V_LOGS        folder for what each rank prints (default: slurm-logs/JOB)
+#   D2V_LOGS        what each rank prints goes to the folder JOB in it (default: slurm-logs)
 #   D2V_CONTAINER   an image: a .sif for apptainer, anything else for pyxis (srun --container-image); default: none
 #   D2V_MOUNTS      what the container sees besides this checkout: /data:/data,/scratch:/scratch
 #   D2V_RETRIES     restarts after a failure without a new checkpoint in between (default: 3)
@@ -15,7 +15,7 @@ run_training() {
     [ -n "$out" ] || { echo "error: give out=DIR, the run that a restarted job goes on with" >&2; exit 2; }
 
     local name="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-    local logs="${D2V_LOGS:-slurm-logs/$name}"
+    local logs="${D2V_LOGS:-slurm-logs}/$name"
     mkdir -p "$logs" || exit 1
 
     local python="${D2V_PYTHON:-python}"

@@ -35,17 +35,21 @@ def cluster() -> Iterator[Cluster]:
             cluster.stop()
 
 
-def submit(cluster: Cluster, options: list[str], file: str, logs: Path, *arguments: object) -> str:
-    more = {"D2V_LOGS": str(logs), "D2V_PYTHON": sys.executable}
-    return cluster.submit(
-        *options, f"--output={logs}.txt", ROOT / "scripts" / "slurm" / file, *arguments,
-        cwd=ROOT, **{**environment(), **more, "PATH": cluster.env["PATH"]},
+def submit(
+    cluster: Cluster, options: list[str], file: str, folder: Path, *arguments: object
+) -> tuple[str, Path]:
+    """The job, and where its ranks write."""
+    more = {"D2V_LOGS": str(folder), "D2V_PYTHON": sys.executable, "PATH": cluster.env["PATH"]}
+    job = cluster.submit(
+        *options, f"--output={folder}.txt", ROOT / "scripts" / "slurm" / file, *arguments,
+        cwd=ROOT, **(environment() | more),
     )  # fmt: skip
+    return job, folder / job
 
 
 def text_of(logs: Path) -> str:
     """What the batch script and rank 0 have said."""
-    paths = [logs.with_suffix(".txt"), *sorted(logs.glob("rank_*.txt"))]
+    paths = [logs.parent.with_suffix(".txt"), *sorted(logs.glob("rank_*.txt"))]
     return "\n".join(f"---- {path.name}\n{path.read_text()}" for path in paths if path.exists())
 
 
@@ -64,12 +68,12 @@ def wait(cluster: Cluster, job: str, logs: Path, is_so, what: str) -> None:
 def test_a_job_of_two_nodes_outlives_its_time_and_a_dead_node(cluster, tmp_path) -> None:
     """The time limit's signal: saved, requeued, resumed; then all of n2 killed: requeued, resumed from that. The
     losses are those of a job that nothing happened to, to the bit."""
-    whole, logs = tmp_path / "whole_logs", tmp_path / "logs"
-    reference = submit(cluster, TWO_NODES, "pretrain.sbatch", whole, *SETTINGS, f"out={tmp_path / 'whole'}")
+    arguments = (cluster, TWO_NODES, "pretrain.sbatch")
+    reference, whole = submit(*arguments, tmp_path / "first", *SETTINGS, f"out={tmp_path / 'whole'}")
     wait(cluster, reference, whole, lambda: cluster.job(reference)["JobState"] == "COMPLETED", "whole run")
 
     out = tmp_path / "run"
-    job = submit(cluster, TWO_NODES, "pretrain.sbatch", logs, *SETTINGS, f"out={out}")
+    job, logs = submit(*arguments, tmp_path / "second", *SETTINGS, f"out={out}")
     wait(cluster, job, logs, lambda: said(logs, "step 3/"), "first start")
     cluster.run("scancel", f"--signal={signal.SIGUSR1.name}", job)  # to the tasks, as --signal does
     wait(cluster, job, logs, lambda: cluster.job(job)["Restarts"] == "1", "requeue after the signal")
@@ -91,20 +95,19 @@ def test_a_job_of_two_nodes_outlives_its_time_and_a_dead_node(cluster, tmp_path)
 
 def test_other_sbatch_files_start_what_they_say(cluster, tmp_path) -> None:
     """A fine-tuning with its weights, and a sweep with a line of settings and a folder for each task."""
-    tuned = tmp_path / "tuned"
     arguments = ["--recipe", "image_tiny", "--print-recipe", f"out={tmp_path}/run", "init=weights.pt"]
     sweep = tmp_path / "sweep.txt"
     sweep.write_text("optim.lr=0.5\noptim.lr=0.25 seed=7\n", encoding="utf-8")
-    jobs = [submit(cluster, SMALL, "finetune.sbatch", tuned, *arguments)]
-    swept = tmp_path / "swept_%a"
-    more = ["--array=2", *SMALL]
-    jobs.append(submit(cluster, more, "array_sweep.sbatch", swept, sweep, *arguments))
-    jobs.append(submit(cluster, SMALL, "finetune.sbatch", tmp_path / "refused", *arguments[:-1]))
-    for job, state in zip(jobs, ("COMPLETED", "COMPLETED", "FAILED"), strict=True):
+    tuning, tuned = submit(cluster, SMALL, "finetune.sbatch", tmp_path / "tuned", *arguments)
+    sweeping, swept = submit(
+        cluster, ["--array=2", *SMALL], "array_sweep.sbatch", tmp_path / "swept", sweep, *arguments
+    )
+    refused, _ = submit(cluster, SMALL, "finetune.sbatch", tmp_path / "refused", *arguments[:-1])
+    for job, state in ((tuning, "COMPLETED"), (sweeping, "COMPLETED"), (refused, "FAILED")):
         cluster.wait(lambda job=job: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), 120, job)
         assert cluster.job(job)["JobState"] == state, text_of(tuned)
     assert "init: weights.pt" in (tuned / "rank_0.txt").read_text()
-    text = (swept / "rank_0.txt").read_text()
+    text = (swept.with_name(f"{sweeping}_2") / "rank_0.txt").read_text()
     assert "lr: 0.25" in text and "seed: 7" in text and f"out: {tmp_path}/run/2" in text
     assert "give init=FILE" in (tmp_path / "refused.txt").read_text()
 
@@ -115,6 +118,7 @@ def test_the_slurm_launcher_of_deepspeed_starts_both_nodes(cluster, tmp_path) ->
     script = tmp_path / "job.sh"
     script.write_text(
         f"#!/bin/bash\ncd {ROOT}\n{sys.executable} -m deepspeed.launcher.runner --hostfile {hostfile} --launcher slurm "
+        "--no_ssh_check "
         f"train.py {' '.join(TINY)} train.steps=2 out={out}\n",
         encoding="utf-8",
     )
