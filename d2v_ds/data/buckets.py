@@ -7,12 +7,15 @@ reading the ones before. Against fairseq, which sorts by exact length, a sample 
 """
 
 import hashlib
+from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
 
 from d2v_ds.data.lengths import CHUNK, Lengths
 
+MAX_SORTED_CHUNKS = 1024
+"""8 MB of a worker; all chunks of 4 million samples."""
 _SPREAD = 10, 11  # shortest : longest of a bucket
 
 
@@ -51,7 +54,11 @@ class Buckets:
         self.batch_starts = np.concatenate([[0], np.cumsum(-(-self.sizes // self.room))])
         """(buckets + 1,) the first micro-batch of each"""
         self._first_chunk = int(lengths.chunk_starts[shards.start])
+        self._bucket_of_length = np.full(longest + 1, len(self.tops), dtype=np.uint16)  # that is: in none
+        for bucket, (first, last) in enumerate(zip(self.shortest, self.tops, strict=True)):
+            self._bucket_of_length[first : last + 1] = bucket
         self._before = self._count_before(shards)
+        self._sorted: OrderedDict[int, tuple[int, int, np.ndarray, list[int]]] = OrderedDict()
 
     @property
     def num_samples(self) -> int:
@@ -72,12 +79,13 @@ class Buckets:
     def unit(self, bucket: int, rank: int) -> int:
         """The unit that comes at place `rank` among those of a bucket in stored order."""
         before = self._before[bucket]
-        chunk = int(np.searchsorted(before, before.dtype.type(rank), side="right")) - 1  # else it is copied
-        shard, first_row, column = self.lengths.chunk(self._first_chunk + chunk)
-        is_in = column >= self.shortest[bucket]
-        if bucket < len(self.tops) - 1:  # the last one has all that is longer, too
-            is_in &= column <= self.tops[bucket]
-        return self.lengths.unit(shard, first_row + int(np.flatnonzero(is_in)[rank - int(before[chunk])]))
+        chunk = int(before.searchsorted(before.dtype.type(rank), side="right")) - 1  # else `before` is copied
+        if chunk not in self._sorted:
+            if len(self._sorted) >= MAX_SORTED_CHUNKS:
+                self._sorted.popitem(last=False)
+            self._sorted[chunk] = self._sort(chunk)
+        shard, first_row, rows, starts = self._sorted[chunk]
+        return self.lengths.unit(shard, first_row + int(rows[starts[bucket] + rank - int(before[chunk])]))
 
     def bucket_of(self, unit: int) -> int:
         length = min(self.lengths.of_unit(unit), self.longest)
@@ -102,17 +110,23 @@ class Buckets:
             b"".join(np.ascontiguousarray(p).astype("<i8").tobytes() for p in parts)
         ).hexdigest()
 
+    def _sort(self, chunk: int) -> tuple[int, int, np.ndarray, list[int]]:
+        """(shard, first row, rows by bucket, where each bucket begins in them) of a chunk."""
+        shard, first_row, column = self.lengths.chunk(self._first_chunk + chunk)
+        rows = (
+            self._bucket_of_length[np.minimum(column, self.longest)].argsort(kind="stable").astype(np.uint16)
+        )
+        counts = self._before[:, chunk + 1] - self._before[:, chunk]
+        return shard, first_row, rows, [0, *np.cumsum(counts).tolist()]
+
     def _count_before(self, shards: range) -> np.ndarray:
         """(buckets, chunks + 1) the samples of a bucket in the chunks before each."""
         num_buckets = len(self.tops)
-        bucket_of_length = np.full(self.longest + 1, num_buckets, dtype=np.int64)  # the last: in none
-        for bucket, (first, last) in enumerate(zip(self.shortest, self.tops, strict=True)):
-            bucket_of_length[first : last + 1] = bucket
         num_chunks = int(self.lengths.chunk_starts[shards.stop]) - self._first_chunk
         before = np.zeros((num_buckets, num_chunks + 1), dtype=np.uint32)
         for chunk, column in self.lengths.pieces(shards):
-            cells = bucket_of_length[np.minimum(column, self.longest)]
-            cells += np.arange(len(column)) // CHUNK * (num_buckets + 1)
+            cells = np.arange(len(column)) // CHUNK * (num_buckets + 1)
+            cells += self._bucket_of_length[np.minimum(column, self.longest)]
             chunks = -(-len(column) // CHUNK)
             counts = np.bincount(cells, minlength=chunks * (num_buckets + 1)).reshape(chunks, -1)
             at = chunk - self._first_chunk + 1

@@ -7,6 +7,9 @@ from columns import lengths_of, librispeech
 from d2v_ds.data import Buckets, Plan, Share, Stream, TextBlocks
 from d2v_ds.data import lengths as module
 
+KNOWN_BUCKETS = ([3, 7, 10, 14, 17, 19, 21, 24, 27], [6, 9, 13, 16, 18, 20, 23, 26, 29])
+KNOWN_UNITS = [[34, 19, 47], [9, 18, 53, 25, 31, 37, 3, 46]]
+
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,3 +180,30 @@ def test_another_budget_or_other_lengths_have_another_fingerprint() -> None:
     columns[3][50] = 3 if columns[3][50] > 20 else 29
     assert Buckets(lengths_of(columns, 3), range(5), 80, 9, 29).fingerprint() != first
     assert Buckets(lengths_of(random_columns(high=40), 3), range(5), 90, 9, 29).fingerprint() != first
+
+
+def test_an_order_by_length_has_known_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others would be a new plan; how many samples are counted together does not matter."""
+    for size in (8, 16, 4096):
+        for name in ("lengths", "blocks", "buckets"):
+            monkeypatch.setattr(f"d2v_ds.data.{name}.CHUNK", size)
+        monkeypatch.setattr(module, "_PIECE", 2 * size)
+        buckets = Buckets(
+            lengths_of([[9 * i % 31 for i in range(60)], [7, 8, 9, 30]], 3), range(2), 80, 9, 29
+        )
+        share = Share("audio", 0, buckets.num_samples, 1, buckets)
+        plan = Plan(3, [Stream("audio", share.size, 9, 2, (share,))])
+        units = [[draw.unit for draw in plan.draws(10**9, "audio", index)] for index in range(2)]
+        assert (buckets.shortest.tolist(), buckets.tops.tolist()) == KNOWN_BUCKETS
+        assert units == KNOWN_UNITS
+
+
+def test_more_chunks_than_are_kept_sorted_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = lengths_of(random_columns(high=40), 3)
+    buckets = Buckets(lengths, range(5), 80, 9, 29)
+    places = [(bucket, rank) for bucket, size in enumerate(buckets.sizes) for rank in range(size)] * 2
+    expected = [buckets.unit(*place) for place in places]
+    assert len(buckets._sorted) > 20
+    monkeypatch.setattr("d2v_ds.data.buckets.MAX_SORTED_CHUNKS", 2)
+    buckets = Buckets(lengths, range(5), 80, 9, 29)
+    assert [buckets.unit(*place) for place in places] == expected and len(buckets._sorted) == 2

@@ -153,7 +153,9 @@ def test_a_server_that_stays_away_is_named(site, tmp_path):
         corpus = open_corpus(f"{url}/train-000000.tar", settings_of(tmp_path, retry_minutes=0.01))
         cached(tmp_path)[0].unlink()
         site.is_away = True
-        with pytest.raises(RemoteError, match=r"train-000000.tar cannot be read, tried for .*remote.retry_minutes"):
+        with pytest.raises(
+            RemoteError, match=r"train-000000.tar cannot be read, tried for .*remote.retry_minutes"
+        ):
             corpus.read(0)
 
 
