@@ -79,6 +79,7 @@ def export(
 
     path, out = Path(path), Path(out)
     check_format(format, modality)
+    check_out(out)
     if weights is None and format != "fairseq" and is_run(path):
         weights = "student"  # or the whole teacher would be read for nothing
     stored = read(path, weights)
@@ -167,9 +168,19 @@ def write_checked_fairseq(stored: Stored, out: Path) -> Path:
     return out
 
 
+def check_out(out: Path) -> None:
+    """ValueError for a place where no export can lie: a file, below a file, or a run, which it would hide."""
+    file = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ValueError(f"--out {out} cannot be a folder: {file} is a file; name another one")
+    if any(out.glob("step_*")) or (out / "manifest.json").is_file():
+        raise ValueError(f"--out {out} is a run; name another folder, such as {out / 'export'}")
+
+
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A folder beside `out`; its files take their place there once all went well, or nothing does."""
+    check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".tmp-") as temporary:
         yield Path(temporary)

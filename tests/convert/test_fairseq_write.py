@@ -278,6 +278,23 @@ def test_a_card_of_ones_own_run_has_data_and_steps_and_no_foreign_licence() -> N
     assert "after 5 steps on `shards/sample`" in text and "Licence" not in text
 
 
+def test_a_place_where_no_export_can_lie_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A file, a folder below one, a run: in one line, and nothing there is changed. A folder of an export will do."""
+    path = tmp_path / "model.pt"
+    torch.save(pretrained("text_cb4"), path)
+    (tmp_path / "a.txt").write_text("mine")
+    (tmp_path / "run" / "step_00000002").mkdir(parents=True)
+    for out, reason in (("a.txt", "is a file"), ("a.txt/b/c", "is a file"), ("run", "is a run")):
+        for command in (["import"], ["export", "--format", "fairseq"]):
+            assert main([*command, str(path), "--out", str(tmp_path / out)]) == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"error: --out {tmp_path / out}") and reason in error
+            assert error.count("\n") == 1
+    assert (tmp_path / "a.txt").read_text() == "mine" and len(list((tmp_path / "run").iterdir())) == 1
+    for _ in range(2):
+        assert main(["export", str(path), "--out", str(tmp_path / "run" / "export")]) == 0
+
+
 @pytest.mark.parametrize(
     ("format", "reason"),
     [

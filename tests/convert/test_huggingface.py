@@ -589,6 +589,14 @@ def test_the_command_writes_it_of_any_export(tmp_path):
     assert torch.equal(d2v_ds.load(out).extract(INPUTS["image"]), expected)
 
 
+@pytest.mark.parametrize("name", ["audio", "image", "text"])
+def test_no_line_of_the_card_asks_whether_code_may_run(name, folders):
+    """transformers asks at a terminal wherever the folder has code and it is not said, for a tokenizer too."""
+    lines = (folders[name] / "README.md").read_text().splitlines()
+    opened = [line for line in lines if "from_pretrained(" in line and "THIS_FOLDER" in line]
+    assert len(opened) == 2 and all("trust_remote_code=True" in line for line in opened)
+
+
 def test_the_card_says_what_the_folder_holds(folders):
     card = (folders["audio"] / "README.md").read_text()
     for said in (

@@ -62,7 +62,7 @@ def card(stored: Stored, config: dict[str, Any], notes: str, tolerance: float) -
         "## Use",
         "```python",
         f"from transformers import {processor}, {model}\n",
-        f'processor = {processor}.from_pretrained("THIS_FOLDER"{trust if name != "text" else ""})',
+        f'processor = {processor}.from_pretrained("THIS_FOLDER"{trust})',
         f'model = {model}.from_pretrained("THIS_FOLDER"{trust}).eval()',
         line,
         f"{output} = model(**inputs).{output}",
