@@ -76,6 +76,10 @@ def our_config(state: dict[str, Tensor]) -> tuple[Body, dict[str, ModalityConfig
             f"no {missing} or {SHARED_TABLE}: number of heads, image size or width cannot be told; is this a "
             "data2vec v1 vision model?"
         )
+    if tables[0].ndim != 2:
+        raise ValueError(
+            f"a table of relative positions has shape {tuple(tables[0].shape)}, must be (rows, heads)"
+        )
     rows, heads = tables[0].shape
     side = (math.isqrt(max(rows - 3, 0)) + 1) // 2
     if (2 * side - 1) ** 2 + 3 != rows or side > MAX_SIDE:

@@ -185,6 +185,11 @@ def flat_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     others = [str(name) for name, value in flat.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(f"model holds values that are no tensors: {listed(others)}")
+    odd = [str(name) for name, tensor in flat.items() if not isinstance(name, str) or tensor.ndim == 0]
+    if odd:
+        raise ValueError(
+            f"model holds what no model does, tensors without a name or a dimension: {listed(odd)}"
+        )
     if all(name.startswith("module.") for name in flat):  # of a model that was wrapped for several GPUs
         flat = {name.removeprefix("module."): tensor for name, tensor in flat.items()}
     return flat

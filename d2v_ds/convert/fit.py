@@ -29,7 +29,7 @@ def shapes(recipe: Recipe, head: HeadConfig | None = None) -> dict[str, tuple[in
     with torch.device("meta"):
         try:
             model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat)
-        except RuntimeError as error:  # sizes that torch cannot take
+        except (RuntimeError, AssertionError) as error:  # sizes that torch cannot take
             raise ValueError(f"the configuration describes no model that can be: {error}") from error
         named = dict(model.named_parameters())
         if head is not None:

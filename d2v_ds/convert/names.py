@@ -77,6 +77,11 @@ def fuse(parts: dict[Place, Tensor], theirs: Callable[[str], list[str]]) -> dict
     for name in dict.fromkeys(place.name for place in parts if place.third is not None):
         thirds = [parts.get(Place(name, third)) for third in range(3)]
         missing += [theirs(name)[i] for i, third in enumerate(thirds) if third is None]
+        shapes = {tuple(third.shape) for third in thirds if third is not None}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{', '.join(theirs(name))} have different shapes: {', '.join(map(str, shapes))}"
+            )
         if not missing:
             whole[name] = torch.cat(thirds)
     if missing:

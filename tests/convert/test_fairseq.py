@@ -819,6 +819,34 @@ def test_settings_of_a_malicious_file_take_no_time(change: dict, reason: str | N
     assert time.process_time() - started < 3
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (2, 2), (1, 1, 1, 1, 1)])
+def test_a_tensor_of_any_other_shape_is_an_error(shape: tuple[int, ...]) -> None:
+    """Also of those that sizes are read off, and of thirds of a projection: not one crash."""
+    text = "encoder.sentence_encoder."
+    for make, names in (
+        (lambda: {"model": beit()}, ("cls_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")),
+        (lambda: {"model": beit()}, ("rel_pos_bias.relative_position_bias_table",)),
+        (vision_port, ("cls_emb", "encoder.blocks.0.mlp.0.weight")),
+        (roberta, (f"{text}embed_tokens.weight", f"{text}embed_positions.weight")),
+        (roberta, (f"{text}layers.0.self_attn.q_proj.weight",)),
+        (roberta, ("classification_heads.sentence_classification_head.out_proj.weight",)),
+        (lambda: tuned("image_cb4"), ("head.weight", "model.blocks.0.attn.qkv.weight")),
+        (lambda: pretrained("v1_audio"), ("mask_emb", "post_extract_proj.weight")),
+    ):
+        for name in names:
+            checkpoint = make()
+            checkpoint["model"][name] = torch.zeros(shape)
+            with pytest.raises(ValueError):
+                from_dict(checkpoint)
+
+
+def test_a_name_that_is_no_text_is_an_error() -> None:
+    checkpoint = pretrained("text_cb4")
+    checkpoint["model"][5] = torch.zeros(1)
+    with pytest.raises(ValueError, match="tensors without a name or a dimension: 5"):
+        from_dict(checkpoint)
+
+
 def test_names_and_counts_of_a_malicious_file_take_no_time() -> None:
     one = torch.zeros(1)
     checkpoint = pretrained("audio_cb4")
