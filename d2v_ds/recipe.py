@@ -86,6 +86,13 @@ class Train(Config):
     log_every: PositiveInt = 50
     save_every: PositiveInt = 5_000
     keep_checkpoints: PositiveInt = 2
+    """The last so many stay."""
+    keep_every: NonNegativeInt = 0
+    """Besides, those at multiples of so many steps stay for good; 0 = none."""
+    save: Literal["async", "sync"] = "async"
+    """async: training goes on while a copy in host memory is written; sync: it waits."""
+    save_failures: PositiveInt = 3
+    """Saves in a row that may fail (disk full, quota, read-only folder); at this many the run stops."""
     workers: NonNegativeInt = 2
     """Data workers of each rank; 0 reads in the training process."""
     skip_limit: PositiveInt = 10
@@ -102,6 +109,15 @@ class Train(Config):
     """The slowest rank is named on the console if it takes this many times what the middle one does."""
     stop_seconds: float = 150.0
     """How long a run that was asked to stop may take to the end of its step; after that it leaves unsaved."""
+
+    @model_validator(mode="after")
+    def consistent(self) -> Train:
+        if self.keep_every % self.save_every:
+            raise ValueError(
+                f"train.keep_every={self.keep_every} must be a multiple of train.save_every={self.save_every}, or 0: "
+                f"set it to {-(-self.keep_every // self.save_every) * self.save_every}"
+            )
+        return self
 
 
 class Health(Config):
@@ -187,6 +203,9 @@ FREE = {
     "train.log_every",
     "train.save_every",
     "train.keep_checkpoints",
+    "train.keep_every",
+    "train.save",
+    "train.save_failures",
     "train.workers",
     "train.skip_limit",
     "train.max_bad_share",

@@ -42,7 +42,8 @@ TINY = [
 ]
 """multimodal_tiny with what a test of the machinery needs (a step takes 0.2 s) or counts on."""
 TIMINGS = (
-    "samples_per_second", "data_wait_share", "slowest_rank", "slowest_rank_seconds", "median_rank_seconds",
+    "samples_per_second", "data_wait_share", "save_pause_seconds", "slowest_rank", "slowest_rank_seconds",
+    "median_rank_seconds",
 )  # fmt: skip
 
 

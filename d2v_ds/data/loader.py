@@ -113,6 +113,23 @@ class Source:
             return self.corpus.fingerprint
         return hashlib.sha256(json.dumps([self.corpus.fingerprint, rows]).encode()).hexdigest()
 
+    def key(self, unit: int) -> str:
+        """What a unit is called where it is told of: "shard.tar:key" of a sample."""
+        is_sample = self.size == len(self.corpus)
+        return self.corpus.key(unit) if is_sample else f"{self.name}:unit {unit}"
+
+    def keys(self, plan: Plan, micro: "MicroBatch") -> list[str]:
+        """Of what a micro-batch holds, replacements of what could not be read included."""
+        unreadable = {fault.key for fault in micro.faults}
+        found = []
+        for wanted in plan.draws(micro.step, self.name, micro.index):
+            draw, attempt = wanted, 0
+            while self.key(draw.unit) in unreadable:
+                attempt += 1
+                draw = plan.replacement(wanted, self.name, attempt)
+            found.append(self.key(draw.unit))
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -312,9 +329,7 @@ def _read(source: Source, plan: Plan, draw: Draw, step: int, faults: list[Fault]
 def _fault(source: Source, unit: int, error: ValueError, step: int) -> Fault:
     if isinstance(error, CorruptSample):
         return Fault(source.name, f"{error.shard}:{error.key}", error.reason, step)
-    is_sample = source.size == len(source.corpus)
-    key = source.corpus.key(unit) if is_sample else f"{source.name}:unit {unit}"
-    return Fault(source.name, key, str(error), step)
+    return Fault(source.name, source.key(unit), str(error), step)
 
 
 def _identity(item: Any) -> Any:

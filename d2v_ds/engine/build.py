@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from d2v_ds.engine.step import loss_scaler
 from d2v_ds.model.data2vec import TEACHER, Data2Vec
 from d2v_ds.model.decoder import Decoder
 from d2v_ds.model.layers import Block
@@ -65,7 +66,22 @@ def build_engine(model: Data2Vec, optimizer: torch.optim.Optimizer, config: dict
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     engine.parameter_names = {id(p): name for name, p in engine.module.named_parameters()}
     undo_dry_step(engine)
+    free_loss_scale(engine, config)
     return engine
+
+
+LOWEST_LOSS_SCALE = 2.0**-20
+
+
+def free_loss_scale(engine: Any, config: dict[str, Any]) -> None:
+    """Lets fp16's loss scale fall below 1, where the ds_config takes whole numbers only, unless it names the lowest;
+    and there train.skip_limit decides, not an exception."""
+    scaler = loss_scaler(engine)
+    for name in ("min_scale", "min_loss_scale"):
+        if getattr(scaler, name, None) and "min_loss_scale" not in config.get("fp16", {}):
+            setattr(scaler, name, LOWEST_LOSS_SCALE)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
 
 
 @torch.no_grad()

@@ -6,26 +6,27 @@ optimizer's master), `exp_avg`, `exp_avg_sq`, `ema` (the teacher's average) or `
 stretches that overlap its own: no conversion between world sizes or stages, no pickle, and the exporter
 needs neither DeepSpeed nor a GPU.
 
-Writing: a temporary folder, every rank's file verified, manifest with sizes and hashes, fsync, rename, then
-`latest`. A crash at any moment leaves the previous checkpoint as it was.
+Writing (d2v_ds.engine.saver): a temporary folder, every rank's file read back and verified, manifest with sizes and
+hashes, its own included, fsync, rename, then `latest`. A crash at any moment leaves the previous checkpoint as it
+was. Nothing is written through a symbolic link.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from d2v_ds.engine.ema import TeacherEMA
@@ -33,12 +34,15 @@ from d2v_ds.engine.partition import (
     base_optimizer,
     fragments,
     full_shape,
-    is_replicated,
     publish_weights,
     shard_range,
 )
+from d2v_ds.engine.step import loss_scaler
+from d2v_ds.engine.tensor_file import TensorFile, sha256, write_bytes, write_tensors
 from d2v_ds.model.data2vec import TEACHER
 
+VERSION = 2
+REPLACED = ".tmp-replaced-"
 STEP = re.compile(r"step_(\d{8})")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -46,58 +50,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # ---- writing -------------------------------------------------------------------------------------------------
 
 
-def save(
-    engine: Any,
-    ema: TeacherEMA,
-    run: Path,
-    step: int,
-    loop: dict[str, Any],
-    keep: int,
-    spared: Path | None = None,
-) -> Path:
-    """Commits the state after `step` steps; all ranks call it. Returns the checkpoint's folder. Of older checkpoints
-    it keeps `keep` with this one, and the one that is `spared`.
-
-    Raises OSError on all ranks if any of them could not write; the previous checkpoint is untouched.
-    """
-    rank = dist.get_rank()
-    temporary, final = run / f".tmp-step_{step:08d}", run / f"step_{step:08d}"
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    record: dict[str, Any] = {}
-    if rank == 0 or not is_replicated(engine):
-        record = try_write(temporary / f"rank_{rank:05d}.safetensors", collect(engine, ema))
-    records: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(records, record)
-    failed = [r["error"] for r in records if "error" in r]
-    if failed:
-        raise OSError(
-            f"checkpoint of step {step} was not written: {failed[0]}; the previous one is untouched"
-        )
-    if rank == 0:
-        files = [r for r in records if r]
-        files.append(write_json(temporary / "loop.json", {**loop, "step": step, **engine_counters(engine)}))
-        write_json(
-            temporary / "manifest.json",
-            {
-                "version": 1,
-                "step": step,
-                "world_size": dist.get_world_size(),
-                "stage": engine.zero_optimization_stage(),
-                "parameters": describe(engine),
-                "files": files,
-            },
-        )
-        commit(temporary, final)
-        prune(run, keep, spared)
-    dist.barrier()
-    return final
-
-
 def collect(engine: Any, ema: TeacherEMA) -> dict[str, Tensor]:
-    """Every stretch that this rank owns."""
+    """Every stretch that this rank owns, flat and in fp32; of fp32 ones the live values."""
     state = base_optimizer(engine).state
     tensors: dict[str, Tensor] = {}
     for f in fragments(engine):
@@ -110,7 +64,7 @@ def collect(engine: Any, ema: TeacherEMA) -> dict[str, Tensor]:
     for name, start, value in frozen_stretches(engine):
         if dist.get_rank() == 0 or engine.zero_optimization_stage() == 3:
             tensors[f"frozen|{name}|{start}"] = value
-    return {key: value.detach().float().cpu().contiguous() for key, value in tensors.items()}
+    return {key: value.detach().float() for key, value in tensors.items()}
 
 
 def frozen_stretches(engine: Any) -> Iterable[tuple[str, int, Tensor]]:
@@ -137,59 +91,76 @@ def describe(engine: Any) -> dict[str, Any]:
 
 
 def engine_counters(engine: Any) -> dict[str, Any]:
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler = loss_scaler(engine)
     numbers = (
         {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler is not None else {}
     )
     return {"skipped_steps": engine.skipped_steps, "loss_scaler": numbers}
 
 
-def try_write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Writes and verifies one file; its record, or {"error": ...} so that all ranks can agree to give up."""
-    try:
-        save_file(tensors, path)
-        return finish(path)
-    except (OSError, SafetensorError) as error:
-        return {"error": f"{path}: {error}"}
+def write_rank(folder: Path, rank: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """One rank's file; its name, size and hash."""
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    return write_tensors(
+        folder / f"rank_{rank:05d}.safetensors", tensors.items(), shapes, dtype=torch.float32
+    )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    return finish(path)
+    return write_bytes(path, json.dumps(content, indent=1).encode())
 
 
-def finish(path: Path) -> dict[str, Any]:
-    """Flushes a file to disk; its name, size and hash."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    content = {"version": VERSION, **content}
+    write_json(folder / "manifest.json", {**content, "sha256": digest_of(content)})
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _sha256(file)
-        )
-
-
-def _sha256(file: Any) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
+def digest_of(manifest: dict[str, Any]) -> str:
+    """Hash of all of a manifest but the hash itself."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def commit(temporary: Path, final: Path) -> None:
+    """Gives a complete folder its name; one of that name, which was damaged, makes way."""
+    run = final.parent
     fsync_folder(temporary)
+    pointer = run / ".tmp-latest"
+    pointer.unlink(missing_ok=True)
+    write_bytes(pointer, final.name.encode())  # first, so that a full disk shows before the rename
     if final.exists():
-        shutil.rmtree(final)
+        refuse_other(final)
+        os.rename(final, run / f"{REPLACED}{final.name}")
     os.rename(temporary, final)
-    fsync_folder(final.parent)
-    pointer = final.parent / ".tmp-latest"
-    pointer.write_text(final.name, encoding="utf-8")
-    os.replace(pointer, final.parent / "latest")
+    fsync_folder(run)
+    os.replace(pointer, run / "latest")
+    fsync_folder(run)
+    shutil.rmtree(run / f"{REPLACED}{final.name}", ignore_errors=True)
+
+
+def recover(run: Path) -> None:
+    """Gives a checkpoint its name back that made way for another one, if a kill came before that had it."""
+    for replaced in run.glob(f"{REPLACED}*"):
+        final = run / replaced.name.removeprefix(REPLACED)
+        refuse_link(replaced)
+        if not final.exists():
+            os.rename(replaced, final)
+
+
+def delete(folder: Path) -> None:
+    """Takes a checkpoint's name away first: half of one is never seen. A link's target stays."""
+    refuse_other(folder)
+    grave = folder.with_name(f".tmp-old-{folder.name.removeprefix('.tmp-')}")
+    shutil.rmtree(grave, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, grave)
+        shutil.rmtree(grave)
+
+
+def is_kept(checkpoint: Path, keep_every: int) -> bool:
+    """Whether it is one of those that stay for good: at a multiple of `keep_every` steps."""
+    step = STEP.fullmatch(checkpoint.name)
+    return keep_every > 0 and step is not None and int(step[1]) % keep_every == 0
 
 
 def fsync_folder(folder: Path) -> None:
@@ -198,10 +169,38 @@ def fsync_folder(folder: Path) -> None:
     os.close(descriptor)
 
 
-def prune(run: Path, keep: int, spared: Path | None = None) -> None:
-    for old in checkpoints(run)[max(keep, 1) :]:
-        if old != spared:
-            shutil.rmtree(old)
+def make_folder(folder: Path) -> None:
+    """A folder that may be there already, made by another rank; not a link to one."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        refuse_link(folder)
+
+
+def refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise ValueError(
+            f"{path} is a symbolic link (to {os.readlink(path)}): a run writes into its own folder alone; "
+            "remove the link, or put what it points to in its place"
+        )
+
+
+def refuse_other(folder: Path) -> None:
+    """What lies in the place of a checkpoint must be one."""
+    refuse_link(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file in the place of a checkpoint; move it away")
+
+
+def refuse_links(run: Path) -> None:
+    """Raises ValueError if anything that a run could write or delete is a symbolic link; the run folder may be one."""
+    if not run.is_dir():
+        return
+    for path in sorted(run.iterdir()):
+        refuse_link(path)
+        if path.is_dir() and path.name.startswith(("step_", ".tmp-", "tensorboard")):
+            for inner in sorted(path.iterdir()):
+                refuse_link(inner)
 
 
 # ---- finding -------------------------------------------------------------------------------------------------
@@ -227,19 +226,52 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in words, or None if every file is as it was written."""
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-        files = [(f["name"], f["bytes"], f["sha256"]) for f in manifest["files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{checkpoint}: manifest.json is unreadable ({error})"
-    for name, size, digest in files:
+        manifest = read_manifest(checkpoint)
+        files = {f["name"]: (f["bytes"], f["sha256"]) for f in manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{checkpoint}: manifest.json is damaged ({error})"
+    for name, (size, _) in files.items():
         path = checkpoint / name
+        if Path(name).name != name:
+            return f"{checkpoint}: manifest.json names {name}, which is not a file in the folder"
         if not path.is_file():
             return f"{checkpoint}: {name} is missing"
         if path.stat().st_size != size:
             return f"{checkpoint}: {name} has {path.stat().st_size} bytes instead of {size}"
-        if sha256(path) != digest:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        try:
+            digests = list(pool.map(sha256, [checkpoint / name for name in files]))
+        except OSError as error:
+            return f"{checkpoint}: a file cannot be read ({error})"
+    for (name, (_, expected)), digest in zip(files.items(), digests, strict=True):
+        if digest != expected:
             return f"{checkpoint}: {name} is damaged (its hash differs from the manifest)"
     return None
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """ValueError if it is not as it was written; those of version 1 have no hash of their own."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["version"] not in (1, VERSION):
+        raise ValueError(f"it is of version {manifest['version']}, this is d2v_ds for 1 to {VERSION}")
+    if manifest["version"] > 1 and manifest["sha256"] != digest_of(manifest):
+        raise ValueError("its hash differs from its content")
+    return manifest
+
+
+def point_to(run: Path, checkpoint: Path) -> str | None:
+    """Makes `latest` name this checkpoint; what it said instead, if that is no checkpoint at all."""
+    latest = run / "latest"
+    try:
+        said = latest.read_bytes().decode("utf-8", "backslashreplace").strip()
+    except FileNotFoundError:
+        said = ""
+    if said != checkpoint.name:
+        pointer = run / ".tmp-latest"
+        pointer.unlink(missing_ok=True)
+        write_bytes(pointer, checkpoint.name.encode())
+        os.replace(pointer, latest)
+    return None if STEP.fullmatch(said) else said
 
 
 # ---- reading -------------------------------------------------------------------------------------------------
@@ -249,7 +281,7 @@ def damage(checkpoint: Path) -> str | None:
 class Stretch:
     start: int
     numel: int
-    file: Path
+    file: TensorFile
     key: str
 
 
@@ -258,17 +290,16 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        self.manifest = read_manifest(folder)
         self.loop = json.loads((folder / "loop.json").read_text(encoding="utf-8"))
         self.stretches: dict[tuple[str, str], list[Stretch]] = {}
-        self.files = {
-            path: safe_open(path, framework="pt") for path in sorted(folder.glob("rank_*.safetensors"))
-        }
-        for path, file in self.files.items():
-            for key in file.keys():  # noqa: SIM118  (safe_open is no dict)
+        names = sorted(f["name"] for f in self.manifest["files"])
+        self.files = [TensorFile(folder / name) for name in names if name.endswith(".safetensors")]
+        for file in self.files:
+            for key in file.names():
                 kind, name, start = key.split("|")
-                numel = file.get_slice(key).get_shape()[0]
-                self.stretches.setdefault((kind, name), []).append(Stretch(int(start), numel, path, key))
+                (numel,) = file.shape(key)
+                self.stretches.setdefault((kind, name), []).append(Stretch(int(start), numel, file, key))
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """`numel` fp32 values of a flattened parameter from `start`; ValueError if the checkpoint lacks any."""
@@ -277,8 +308,7 @@ class Checkpoint:
         for s in self.stretches.get((kind, name), []):
             first, last = max(start, s.start), min(start + numel, s.start + s.numel)
             if first < last:
-                piece = self.files[s.file].get_slice(s.key)[first - s.start : last - s.start]
-                result[first - start : last - start] = piece
+                result[first - start : last - start] = s.file.read(s.key, first - s.start, last - first)
                 covered += last - first
         if covered != numel:
             raise ValueError(
@@ -327,7 +357,7 @@ def load(engine: Any, ema: TeacherEMA, checkpoint: Checkpoint, applied_steps: in
     ema.publish()
     engine.global_steps = checkpoint.loop["step"]
     engine.skipped_steps = checkpoint.loop["skipped_steps"]
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler = loss_scaler(engine)
     for name, value in checkpoint.loop["loss_scaler"].items():
         if scaler is not None and hasattr(scaler, name):
             setattr(scaler, name, value)

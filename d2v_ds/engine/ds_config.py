@@ -311,8 +311,6 @@ def resolve_precision(config: dict[str, Any], precision: str, path: str) -> None
         raise ValueError(
             f"{path}: torch_autocast keeps weights in fp32, so bf16 and fp16 must not be enabled with it"
         )
-    if fp16["enabled"]:
-        fp16.setdefault("min_loss_scale", 1e-6)  # the loss is a sum, so scales below 1 are right
 
 
 def config_precision(config: dict[str, Any]) -> str:

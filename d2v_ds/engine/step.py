@@ -65,3 +65,18 @@ def finite_gradients(engine: Any) -> bool:
     norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine._global_grad_norm = norm  # what get_global_grad_norm() gives; DeepSpeed leaves it empty here
     return bool(torch.isfinite(norm))
+
+
+def loss_scaler(engine: Any) -> Any:
+    """What holds fp16's loss scale, wherever the stage keeps it; None in fp32."""
+    found = (getattr(engine.optimizer, name, None) for name in ("loss_scaler", "loss_scale_config"))
+    return next((scaler for scaler in found if scaler is not None), None)
+
+
+def loss_scale(engine: Any) -> tuple[float | None, float]:
+    """fp16's loss scale, None if it does not move, and the lowest that it may become."""
+    scaler = loss_scaler(engine)
+    if not getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False)):
+        return None, 0.0
+    lowest = getattr(scaler, "min_scale", None) or getattr(scaler, "min_loss_scale", None) or 0.0
+    return float(scaler.cur_scale), float(lowest)

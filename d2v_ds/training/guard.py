@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,6 +96,7 @@ def roll_back(run: Run, reason: str) -> None:
             f"{reason}. It went back {len(run.rollbacks)} times (health.max_rollbacks={settings.max_rollbacks}) and "
             f"came to the same, at last with {run.lr_scale:g} of the learning rate: the run ends at step {run.step}"
         )
+    run.saver.finish()
     found: list[Path | None] = [newest_healthy(run.folder, run.step) if run.rank == 0 else None]
     dist.broadcast_object_list(found)
     if found[0] is None:
@@ -120,10 +120,10 @@ def roll_back(run: Run, reason: str) -> None:
     if run.log:
         for path in checkpoints.checkpoints(run.folder):
             if path.name > found[0].name:
-                shutil.rmtree(path)
-        run.log.writer.close()
+                checkpoints.delete(path)
+        run.log.close_writer()
         run.log = Log(run.folder, run.step, run.recipe.train.steps)
-    run.saved = -1
+    run.saved, run.saver.last_good = -1, found[0]
     run.save()  # from here on a new start knows of it too
     run.loader = StepLoader(
         run.sources, run.plan, run.rank, run.world, run.step, run.recipe.train.steps, run.recipe.train.workers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -14,13 +15,17 @@ class Log:
     """Rank 0's record of a run; a resumed run continues it, without what came after the checkpoint."""
 
     def __init__(self, folder: Path, first_step: int, total: int):
-        from torch.utils.tensorboard import SummaryWriter
-
         self.folder, self.total = folder, total
         for name in ("metrics.jsonl", "health.jsonl"):
             forget_after(folder / name, first_step)
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self.writer = self.open_writer(first_step)
         self.started, self.first_step = time.perf_counter(), first_step
+
+    def open_writer(self, step: int) -> Any:
+        """For steps after `step`; one whose file could once not be written stays broken."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def step(
         self,
@@ -32,14 +37,17 @@ class Log:
         straggler_factor: float,
     ) -> None:
         """Everything about step number `step` (1-based); `verdicts`: of each modality, in a word."""
-        append(self.folder / "metrics.jsonl", {"step": step, **metrics})
-        append(
-            self.folder / "health.jsonl",
-            {"step": step, **health, **{f"{name}/verdict": word for name, word in verdicts.items()}},
-        )
-        for key, value in (metrics | health).items():
-            self.writer.add_scalar(key, value, step)
-        self.writer.flush()
+        words = {f"{name}/verdict": word for name, word in verdicts.items()}
+        try:
+            append(self.folder / "metrics.jsonl", {"step": step, **metrics})
+            append(self.folder / "health.jsonl", {"step": step, **health, **words})
+            self.writer = self.writer or self.open_writer(step - 1)
+            for key, value in (metrics | health).items():
+                self.writer.add_scalar(key, value, step)
+            self.writer.flush()
+        except OSError as error:  # a full disk: what is trained is worth more than what is logged
+            self.writer = None
+            warn(f"the log of step {step}", error)
         line = self.line(step, metrics, health, samples_per_second) + straggler(metrics, straggler_factor)
         with contextlib.suppress(BrokenPipeError):  # a launcher that is gone does not read
             print(line, flush=True)
@@ -57,10 +65,18 @@ class Log:
             f"{rate:.0f} samples/s  {seconds:.2f} s/step  ETA {left}"
         )
 
+    def close_writer(self) -> None:
+        if self.writer:
+            self.writer.close()
+
     def close(self) -> str:
         """What the run came to, and where its curves are."""
-        self.writer.close()
-        plot = plot_losses(self.folder)
+        plot = None
+        try:
+            self.close_writer()
+            plot = plot_losses(self.folder)
+        except OSError as error:
+            warn("the loss curves", error)
         return "\n".join(
             [
                 summary(self.folder),
@@ -78,6 +94,11 @@ def straggler(metrics: dict[str, float], factor: float) -> str:
     return f"  slow: rank {metrics['slowest_rank']:.0f} takes {slowest:.2f} s, others {median:.2f} s"
 
 
+def warn(what: str, error: OSError) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(f"WARNING: {what} could NOT be written ({error})", file=sys.stderr, flush=True)
+
+
 def summary(folder: Path) -> str:
     """Last values of each modality as a table."""
     rows, health = read_rows(folder / "metrics.jsonl"), read_rows(folder / "health.jsonl")
@@ -92,8 +113,17 @@ def summary(folder: Path) -> str:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """A whole row or, with OSError, none: the next one must not be glued to half of this."""
+    line = (json.dumps(row) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            written = file.write(line)
+            if written < len(line):
+                raise OSError(f"{path} took {written} of {len(line)} bytes; the disk is full")
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

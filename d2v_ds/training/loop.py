@@ -21,9 +21,10 @@ from d2v_ds.model.data2vec import Output
 from d2v_ds.training.agreement import meet
 from d2v_ds.training.clock import Clock
 from d2v_ds.training.codes import Stopped
-from d2v_ds.training.guard import respond, roll_back, steps_of
+from d2v_ds.training.guard import respond, steps_of
 from d2v_ds.training.health import Health
 from d2v_ds.training.schedule import learning_rate
+from d2v_ds.training.skips import Skips, taint
 
 if TYPE_CHECKING:
     from d2v_ds.training.run import Run
@@ -42,7 +43,7 @@ def train_step(run: Run, micro_batches: list[MicroBatch], report: Report) -> boo
         for micro in micro_batches:
             batch = prepare(run, micro)
             output = engine(batch, is_observed=report.is_wanted)  # student, teacher, loss
-            engine.backward(output.loss * scale(run, micro.modality, report.sizes))
+            engine.backward(output.loss * (scale(run, micro.modality, report.sizes) * taint(output.loss)))
             report.observe(batch, output)
         run.clock.computed()
 
@@ -58,7 +59,7 @@ def run_steps(run: Run) -> None:
     """From the run's step to the last one, with log and checkpoints on the way."""
     train = run.recipe.train
     run.engine.train()
-    skipped, clock = 0, run.clock
+    skips, clock = Skips(run), run.clock
     clock.start(run.step)
     for micro_batches in run.signals.until_asked(steps_of(run)):
         clock.got_data()
@@ -66,16 +67,16 @@ def run_steps(run: Run) -> None:
         is_applied = train_step(run, micro_batches, report)
         if is_applied is None:
             stop(run)
-        skipped = 0 if is_applied else skipped + 1
         clock.did_step()
+        run.saver.advance()
         record_faults(run, micro_batches)
         if report.is_wanted:
             write_log(run, report, clock)
-        if skipped:
-            complain(run, skipped)
+        skips.observe(is_applied, micro_batches, report.each)
         if is_due(run.step, train.save_every, train.steps):
             run.save()
         clock.start(run.step)
+    run.finish_saving()
     if run.log:
         run.say(f"finished {run.step} steps\n{run.log.close()}")
 
@@ -96,6 +97,7 @@ def stop(run: Run) -> None:
     """Between two steps, on all ranks, because one was asked to."""
     if run.step > run.saved:
         run.save()
+    run.finish_saving()
     run.signals.phase = "leaving"
     raise Stopped(
         f"stopped after step {run.step} of {run.recipe.train.steps}; the same command goes on from there"
@@ -118,16 +120,18 @@ def is_due(step: int, every: int, last: int) -> bool:
 
 
 class Report:
-    """Sums over the micro-batches of a step that will be logged."""
+    """Losses of a step's micro-batches, and sums over them in a step that will be logged."""
 
     def __init__(self, is_wanted: bool):
         self.is_wanted = is_wanted
         self.sizes: dict[str, Tensor] | None = None
         """Masked tokens of each modality, over all ranks."""
+        self.each: list[Tensor] = []
         self.health = Health()
         self.sums: dict[str, Tensor] = {}
 
     def observe(self, batch: Batch, output: Output) -> None:
+        self.each.append(output.loss.detach())
         if not self.is_wanted:
             return
         self.health.observe(batch, output)
@@ -158,24 +162,6 @@ def record_faults(run: Run, micro_batches: list[MicroBatch]) -> None:
             ) from error
 
 
-class Diverged(RuntimeError):
-    """Training cannot go on: its gradients are not finite, step after step."""
-
-
-def complain(run: Run, skipped: int) -> None:
-    """A step without finite gradients: say which, and stop after too many in a row."""
-    run.say(f"warning: step {run.step} was skipped, its gradients are not finite ({skipped} in a row)")
-    limit = run.recipe.train.skip_limit
-    if skipped % limit == 0 and run.recipe.health.on_collapse == "rollback":
-        roll_back(run, f"{limit} steps in a row had gradients that are not finite (train.skip_limit={limit})")
-    elif skipped >= limit:
-        raise Diverged(
-            f"{skipped} steps in a row had gradients that are not finite (train.skip_limit="
-            f"{limit}); lower optim.lr or set precision=fp32, and start again: "
-            "the run goes on from its last checkpoint"
-        )
-
-
 def write_log(run: Run, report: Report, clock: Clock) -> None:
     losses, health = report.losses(), report.health.values()
     changed = run.watch.look(health)
@@ -188,6 +174,8 @@ def write_log(run: Run, report: Report, clock: Clock) -> None:
         "grad_norm": float(norm) if norm is not None else float("nan"),
         "applied_steps": run.applied,
         "skipped_steps": run.step - run.first_step - run.applied,
+        "failed_saves": run.saver.failures,
+        "save_pause_seconds": run.saver.take_pause(),
         "samples_per_second": rate,
         "data_wait_share": clock.waited / clock.total,
         **clock.ranks(),

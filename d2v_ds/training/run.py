@@ -25,6 +25,7 @@ from d2v_ds.engine.build import build_engine, build_optimizer
 from d2v_ds.engine.ds_config import find_config, read_config, resolve_config
 from d2v_ds.engine.ema import TeacherEMA
 from d2v_ds.engine.launch import prepare_environment, start_distributed
+from d2v_ds.engine.saver import Saver
 from d2v_ds.engine.start import put_weights
 from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.source import open_source
@@ -36,8 +37,9 @@ from d2v_ds.training.codes import COLLAPSED, FAILED, LOST, MISTAKE, STOPPED, Sto
 from d2v_ds.training.guard import Collapsed, newest_healthy
 from d2v_ds.training.init import Start, read_start
 from d2v_ds.training.log import Log
-from d2v_ds.training.loop import Diverged, run_steps
+from d2v_ds.training.loop import run_steps
 from d2v_ds.training.signals import Signals, leave_now, listen, stop_listening, tell
+from d2v_ds.training.skips import Diverged
 from d2v_ds.training.verdict import Watch
 from d2v_ds.training.volume import describe_volume
 from d2v_ds.training.watchdog import Watchdog
@@ -73,6 +75,7 @@ class Run:
     saved: int
     """Steps done when it was last saved."""
     watch: Watch
+    saver: Saver
     lr_scale: float = 1.0
     """What rollbacks have left of the recipe's learning rate."""
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
@@ -93,7 +96,7 @@ class Run:
                 print(text, flush=True)
 
     def save(self) -> None:
-        """Commits a checkpoint, once a step; all ranks call it."""
+        """Begins a checkpoint, once a step, and waits for it if `train.save` is sync; all ranks call it."""
         if self.step == self.saved:
             return
         loop = {
@@ -108,19 +111,18 @@ class Run:
             "rollbacks": self.rollbacks,
         }
         self.signals.phase = "saving"
-        goes_back = self.rank == 0 and self.recipe.health.on_collapse == "rollback"
         self.watchdog.wait_patiently("saving")
-        path = checkpoints.save(
-            self.engine,
-            self.ema,
-            self.folder,
-            self.step,
-            loop,
-            self.recipe.train.keep_checkpoints,
-            spared=newest_healthy(self.folder, self.step) if goes_back else None,
-        )
+        goes_back, step = self.recipe.health.on_collapse == "rollback", self.step
+        spared = (lambda: newest_healthy(self.folder, step)) if goes_back else None
+        self.saver.begin(step, loop, spared)
         self.signals.phase, self.saved = "running", self.step
-        self.say(f"saved {path}")
+
+    def finish_saving(self) -> None:
+        """Waits for the last checkpoint; OSError if it could not be written. All ranks call it."""
+        self.signals.phase = "saving"
+        self.watchdog.wait_patiently("saving")
+        self.saver.finish_last()
+        self.signals.phase = "running"
 
 
 def train(
@@ -238,6 +240,7 @@ def train_until_asked(recipe: Recipe, deepspeed: str | None, signals: Signals) -
         path=str(config_path),
     )
     check_ranks(recipe, world)
+    checkpoints.refuse_links(recipe.folder)
     device = start_distributed(world, recipe.train.timeout_minutes, recipe.folder)
     agree(settings(recipe))
     start, problems = choose_checkpoint(recipe.folder)
@@ -265,6 +268,9 @@ def train_until_asked(recipe: Recipe, deepspeed: str | None, signals: Signals) -
     signals.phase, signals.patience = "running", recipe.train.stop_seconds
     try:
         run_steps(run)
+    except Collapsed:  # on all ranks alike
+        run.finish_saving()
+        raise
     finally:
         run.watchdog.close()
     return recipe.folder
@@ -286,6 +292,7 @@ def choose_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """What rank 0 finds, for all ranks: the newest checkpoint that verifies."""
     found: list[Any] = [None, []]
     if dist.get_rank() == 0:
+        checkpoints.recover(folder)
         found = list(checkpoints.newest(folder))
     dist.broadcast_object_list(found)
     if found[0] is None and found[1]:
@@ -398,6 +405,8 @@ def build_run(
     log = None
     if rank == 0:
         write_run_files(recipe, ds_config, sources, world)
+        if saved:
+            repair_latest(recipe.folder, saved.folder)
         log = Log(recipe.folder, step, recipe.train.steps)
     train = recipe.train
     watchdog = Watchdog(
@@ -405,10 +414,20 @@ def build_run(
     )
     identity = {"recipe": recipe.hash(), "data": fingerprints(sources)}
     faults = FaultLog(recipe.folder / "quarantine.jsonl", recipe.train.max_bad_share)
+    saver = Saver(
+        engine,
+        ema,
+        recipe.folder,
+        mode=train.save,
+        keep=train.keep_checkpoints,
+        keep_every=train.keep_every,
+        max_failures=train.save_failures,
+        last_good=saved.folder if saved else None,
+    )
     run = Run(
         recipe, engine, ema, plan, sources, device, rank, world,
         step, applied, first_step, updates_before, log, faults,
-        listen(), watchdog, Clock(watchdog, device), identity, step, Watch(recipe.health.patience),
+        listen(), watchdog, Clock(watchdog, device), identity, step, Watch(recipe.health.patience), saver,
     )  # fmt: skip
     if saved:
         run.lr_scale, run.rollbacks = saved.loop.get("lr_scale", 1.0), saved.loop.get("rollbacks", [])
@@ -417,6 +436,16 @@ def build_run(
     for note in begin.notes:
         run.say(note)
     return run
+
+
+def repair_latest(folder: Path, checkpoint: Path) -> None:
+    said = checkpoints.point_to(folder, checkpoint)
+    if said is not None:
+        print(
+            f"warning: {folder}/latest is damaged, it said {said!r}; now it says {checkpoint.name}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def introduce(run: Run, ds_config: dict[str, Any], saved: checkpoints.Checkpoint | None) -> None:
