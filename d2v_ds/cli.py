@@ -66,6 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--format", default="safetensors", help="safetensors (ours, the default), hf, fairseq or onnx"
     )
     export.add_argument("--modality", default=None, help="which of a joint model (hf, onnx)")
+    export.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of safetensors (default: fp32)"
+    )
     export.set_defaults(run=run_export)
 
     imported = commands.add_parser("import", help="a fairseq or Hugging Face model as an export of ours")
@@ -173,7 +176,7 @@ def find_shards(arguments: argparse.Namespace) -> list[Any]:
 def run_export(arguments: argparse.Namespace) -> int:
     from d2v_ds.convert.consolidate import export
 
-    chosen = arguments.weights, arguments.format, arguments.modality
+    chosen = arguments.weights, arguments.format, arguments.modality, arguments.dtype
     print(f"wrote {export(arguments.path, arguments.out, *chosen)}")
     return 0
 

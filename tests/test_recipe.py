@@ -230,7 +230,15 @@ def other(value: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("key", sorted(FREE - {"precision", "health.on_collapse"}))
+def test_how_a_run_is_saved_is_outside_the_hash():
+    recipe = load_recipe(TINY)
+    every = recipe.train.save_every * 3
+    assert override(recipe, ["train.save=sync", f"train.keep_every={every}"]).hash() == recipe.hash()
+
+
+@pytest.mark.parametrize(
+    "key", sorted(FREE - {"precision", "health.on_collapse", "train.save", "train.keep_every"})
+)
 def test_where_and_how_long_are_outside_the_hash(key):
     recipe = load_recipe(TINY)
     value = dotted_keys(recipe)[key]

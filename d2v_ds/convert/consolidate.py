@@ -1,7 +1,8 @@
-"""Weights of any origin -> our export: one safetensors file, configuration, tokenizer and card.
+"""Weights of any origin -> our export: safetensors, configuration, tokenizer and card.
 
-Checkpoints of any number of ranks are put together without DeepSpeed or a GPU. `export` writes other libraries'
-formats too, and calls nothing done that was not read back and compared.
+Checkpoints of any number of ranks are put together without DeepSpeed or a GPU, tensor by tensor, so in the memory of
+the largest one. `export` writes other libraries' formats too, and calls nothing done that was not read back and
+compared.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from d2v_ds.convert.check import check_same
+from d2v_ds.convert.sharded import SHARD_BYTES, WEIGHT_FILES, Shapes, parse_dtype, write_weights
 from d2v_ds.convert.stored import Stored
-from d2v_ds.engine.checkpoint import Checkpoint, newest
+from d2v_ds.engine.checkpoint import Checkpoint, damage, newest
 from d2v_ds.model.data2vec import TEACHER
+from d2v_ds.recipe import Recipe
 
 FORMAT = "d2v_ds"
 FORMATS = ("safetensors", "hf", "fairseq", "onnx")
@@ -37,6 +39,9 @@ LICENCE = (
 def find_checkpoint(run: Path) -> Checkpoint:
     """The newest whole checkpoint of a run folder, or the checkpoint folder itself."""
     if (run / "manifest.json").is_file():
+        problem = damage(run)
+        if problem:
+            raise ValueError(f"{problem}; give another step_* folder, or the run for the newest whole one")
         return Checkpoint(run)
     found, problems = newest(run)
     if found is None:
@@ -50,16 +55,22 @@ def find_checkpoint(run: Path) -> Checkpoint:
 def collect_weights(checkpoint: Checkpoint, weights: Weights) -> dict[str, Tensor]:
     """fp32 tensors by name. `teacher` gives the teacher under the student's names, with the student's own
     tensors where the teacher has none (a live feature extractor); `both` keeps the prefix `teacher.`."""
+    return {name: checkpoint.tensor(theirs) for name, theirs in choose_names(checkpoint, weights).items()}
+
+
+def choose_names(checkpoint: Checkpoint, weights: Weights) -> dict[str, str]:
+    """{name in the export: name in the checkpoint}."""
     if weights not in ("student", "teacher", "both"):
         raise ValueError(f"weights={weights!r} must be student, teacher or both")
     names = checkpoint.names()
-    students = [name for name in names if not name.startswith(TEACHER)]
     if weights == "both":
-        return {name: checkpoint.tensor(name) for name in names}
-    if weights == "student":
-        return {name: checkpoint.tensor(name) for name in students}
-    owned = set(names)
-    return {name: checkpoint.tensor(TEACHER + name if TEACHER + name in owned else name) for name in students}
+        return {name: name for name in names}
+    owned = {name for name in names if name.startswith(TEACHER)} if weights == "teacher" else set()
+    return {
+        name: TEACHER + name if TEACHER + name in owned else name
+        for name in names
+        if not name.startswith(TEACHER)
+    }
 
 
 def export(
@@ -68,25 +79,33 @@ def export(
     weights: Weights | None = None,
     format: str = "safetensors",  # noqa: A002
     modality: str | None = None,
+    dtype: str = "fp32",
 ) -> Path:
     """Writes what lies at `path` (anything that d2v_ds.load takes) into the folder `out`; returns it.
 
     `weights`: unsaid, the student's, or what is there; with format="fairseq", whose files hold both, everything.
-    `modality`: which one of a joint model, for hf and onnx, which hold one. Raises ValueError for an unknown format,
-    and for a model that the format cannot hold.
+    `modality`: which one of a joint model, for hf and onnx, which hold one. `dtype`: fp32, bf16 or fp16, of format
+    safetensors. Raises ValueError for an unknown format, and for a model that the format cannot hold.
     """
     from d2v_ds.convert.load import choose_weights, read  # which reads what is written here
 
     path, out = Path(path), Path(out)
     check_format(format, modality)
     check_out(out)
+    parse_dtype(dtype)
+    if format != "safetensors" and dtype != "fp32":
+        raise ValueError(
+            f"dtype={dtype} is for format safetensors; {format} is written in fp32, leave it out"
+        )
+    if format == "safetensors" and is_run(path) and checkpoints_in(path):
+        return export_run(path, out, weights or "student", dtype)
     if weights is None and format != "fairseq" and is_run(path):
         weights = "student"  # or the whole teacher would be read for nothing
     stored = read(path, weights)
     if weights is None and format != "fairseq" and stored.weights == "both":
         stored = choose_weights(stored, "student", path)
     if format == "safetensors":
-        write_export(stored, out, find_checkpoint(path).loop["applied_steps"] if is_run(path) else None)
+        write_export(stored, out, dtype)
     elif format == "fairseq":
         write_checked_fairseq(stored, out)
     elif format == "hf":
@@ -120,41 +139,84 @@ def is_run(path: Path) -> bool:
     return path.is_dir() and not (path / "config.json").is_file()
 
 
-def write_export(stored: Stored, out: str | Path, applied_steps: int | None = None) -> Path:
-    """Writes model.safetensors (fp32), config.json, the tokenizer and a README into `out`; returns the folder.
+def export_run(path: Path, out: Path, weights: Weights, dtype: str, shard_bytes: int = SHARD_BYTES) -> Path:
+    """A checkpoint's weights, without more of them in memory than one tensor."""
+    checkpoint = find_checkpoint(path)
+    names = choose_names(checkpoint, weights)
+    shapes = {name: checkpoint.shape(theirs) for name, theirs in names.items()}
+    stored = describe_run(checkpoint, weights)
+    with staged(out, WEIGHT_FILES) as folder:
+        write_weights(
+            folder, shapes, lambda name: checkpoint.tensor(names[name]), parse_dtype(dtype), shard_bytes
+        )
+        write_rest(stored, folder, shapes, dtype, checkpoint.loop["applied_steps"])
+    return out
 
-    It is read back first and gives the same outputs to the bit, or nothing is written (RuntimeError).
+
+def describe_run(checkpoint: Checkpoint, weights: Weights) -> Stored:
+    """All of a stored model but its tensors."""
+    return Stored(
+        Recipe(**checkpoint.loop["recipe"]),
+        {},
+        f"run, {checkpoint.folder.name}",
+        files=checkpoint.folder.parent,
+        step=checkpoint.loop["step"] + checkpoint.loop.get("updates_before", 0),
+        weights=weights,
+    )
+
+
+def write_export(stored: Stored, out: str | Path, dtype: str = "fp32") -> Path:
+    """Writes the weights, config.json, the tokenizer and a README into `out`; returns the folder.
+
+    It is read back first and, in fp32, gives the same outputs to the bit, or nothing is written (RuntimeError).
     """
     out = Path(out)
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.tensors.items()}
+    with staged(out, WEIGHT_FILES) as folder:
+        write_weights(folder, shapes, stored.tensors.__getitem__, parse_dtype(dtype))
+        write_rest(stored, folder, shapes, dtype, stored.step)
+        check_export(stored, folder, parse_dtype(dtype))
+    return out
+
+
+def checkpoints_in(path: Path) -> bool:
+    return (path / "manifest.json").is_file() or any(path.glob("step_*"))
+
+
+def write_rest(stored: Stored, folder: Path, shapes: Shapes, dtype: str, applied_steps: int | None) -> None:
+    """What belongs to the weights."""
     config = {
         "format": FORMAT,
         "version": 1,
         "origin": stored.source,
         "weights": stored.weights,
+        "dtype": dtype,
         "step": stored.step,
-        "applied_steps": stored.step if applied_steps is None else applied_steps,
+        "applied_steps": applied_steps,
         "head": None if stored.head is None else stored.head.model_dump(mode="json"),
         "recipe": stored.recipe.model_dump(mode="json"),
     }
-    with staged(out) as folder:
-        save_file(stored.tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        copy_tokenizer(stored, folder)
-        write_card(stored, folder, 'd2v_ds.load("THIS_FOLDER")')
-        check_export(stored, folder)
-    return out
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    copy_tokenizer(stored, folder)
+    parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+    (folder / "README.md").write_text(
+        card(stored, 'd2v_ds.load("THIS_FOLDER")', parameters, dtype), encoding="utf-8"
+    )
 
 
-def check_export(stored: Stored, out: Path) -> None:
+def check_export(stored: Stored, out: Path, dtype: torch.dtype) -> None:
     from d2v_ds.convert.load import read
 
     again = read(out)
     changed = [
-        name for name, tensor in stored.tensors.items() if not torch.equal(again.tensors[name], tensor)
+        name
+        for name, tensor in stored.tensors.items()
+        if not torch.equal(again.tensors[name], tensor.to(dtype).float())
     ]
     if changed:
         raise RuntimeError(f"what was written gives others for {', '.join(changed[:5])}")
-    check_same(stored, again)
+    if dtype == torch.float32:
+        check_same(stored, again)
 
 
 def write_checked_fairseq(stored: Stored, out: Path) -> Path:
@@ -178,13 +240,16 @@ def check_out(out: Path) -> None:
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out`; its files take their place there once all went well, or nothing does."""
+def staged(out: Path, replaced: tuple[str, ...] = ()) -> Iterator[Path]:
+    """A folder beside `out`; its files take their place there once all went well, or nothing does. Older files there
+    that match `replaced` go."""
     check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".tmp-") as temporary:
         yield Path(temporary)
         out.mkdir(exist_ok=True)
+        for old in {file for pattern in replaced for file in out.glob(pattern)}:
+            old.unlink()
         for file in Path(temporary).iterdir():
             file.chmod(0o644)  # safetensors makes files that only their owner reads
             file.replace(out / file.name)
@@ -204,18 +269,19 @@ def write_card(stored: Stored, out: Path, load: str) -> None:
     (out / "README.md").write_text(card(stored, load), encoding="utf-8")
 
 
-def card(stored: Stored, load: str) -> str:
+def card(stored: Stored, load: str, parameters: int | None = None, dtype: str = "fp32") -> str:
     """A README: whose weights after how many steps on which data, how to use them, whose licence they have."""
     recipe = stored.recipe
     version = "1.0" if any(config.view == "masked" for config in recipe.modalities.values()) else "2.0"
     steps = f" after {stored.step} steps" if stored.step is not None else ""
     data = f" on `{recipe.data}`" if stored.is_own_run else ""
-    parameters = sum(tensor.numel() for tensor in stored.tensors.values()) / 1e6
+    if parameters is None:
+        parameters = sum(tensor.numel() for tensor in stored.tensors.values())
     use = "features = encoder.extract(x)"
     if stored.head is not None:
         use += f"\nanswers = encoder.predict(x)  # {stored.head.kind}, {stored.head.outputs} outputs"
     return (
         f"# {recipe.name}\n\ndata2vec {version} weights ({stored.weights}){steps}{data}: "
-        f"{', '.join(recipe.modalities)}, {parameters:.1f} M parameters, fp32. Origin: {stored.source}.\n\n"
+        f"{', '.join(recipe.modalities)}, {parameters / 1e6:.1f} M parameters, {dtype}. Origin: {stored.source}.\n\n"
         f"```python\nimport d2v_ds\n\nencoder = {load}\n{use}\n```\n"
     ) + ("" if stored.is_own_run else f"\n## Licence\n\n{LICENCE}\n")

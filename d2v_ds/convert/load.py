@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from d2v_ds.convert.consolidate import FORMAT, collect_weights, find_checkpoint, tokenizers
+from d2v_ds.convert.consolidate import (
+    FORMAT,
+    checkpoints_in,
+    collect_weights,
+    describe_run,
+    find_checkpoint,
+    tokenizers,
+)
 from d2v_ds.convert.features import Encoder, Features, mean_pool
 from d2v_ds.convert.fit import fit
+from d2v_ds.convert.sharded import read_weights
 from d2v_ds.convert.stored import Stored
 from d2v_ds.modalities import samples_class
 from d2v_ds.modalities.build import build_model
@@ -85,7 +91,7 @@ def read(path: str | Path, weights: str | None = None) -> Stored:
         stored = read_exported(path)
     elif (path / FAIRSEQ).is_file():
         stored = read_file(path / FAIRSEQ)
-    elif (path / "manifest.json").is_file() or any(path.glob("step_*")):
+    elif checkpoints_in(path):
         stored = read_run(path, weights or "both")
     else:
         raise ValueError(f"{path} holds no checkpoint: {what_lies_in(path)}; give {ACCEPTED}")
@@ -94,14 +100,7 @@ def read(path: str | Path, weights: str | None = None) -> Stored:
 
 def read_run(path: Path, weights: str) -> Stored:
     checkpoint = find_checkpoint(path)
-    return Stored(
-        Recipe(**checkpoint.loop["recipe"]),
-        collect_weights(checkpoint, weights),
-        f"run, {checkpoint.folder.name}",
-        files=checkpoint.folder.parent,
-        step=checkpoint.loop["step"] + checkpoint.loop.get("updates_before", 0),
-        weights=weights,
-    )
+    return replace(describe_run(checkpoint, weights), tensors=collect_weights(checkpoint, weights))
 
 
 def read_exported(path: Path) -> Stored:
@@ -120,20 +119,14 @@ def read_exported(path: Path) -> Stored:
 
 
 def read_export(path: Path, config: dict[str, Any]) -> Stored:
-    """Ours: config.json, model.safetensors and what the input needs."""
-    file = path / "model.safetensors"
-    if not file.is_file():
-        raise ValueError(f"{path} has a config.json but no model.safetensors; export the run again")
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); export the run again") from error
+    """Ours: config.json, the weights in any dtype, and what the input needs."""
+    tensors = read_weights(path)
     recipe = validated(config["recipe"], f"{path}/config.json")
     head = HeadConfig(**config["head"]) if config.get("head") else None
     try:
         tensors = fit(recipe, tensors, head)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     return Stored(
         recipe,
         tensors,

@@ -319,10 +319,13 @@ class Checkpoint:
 
     def full(self, kind: str, name: str) -> Tensor:
         """A whole parameter in its shape."""
-        shape = torch.Size(self.manifest["parameters"][name]["shape"])
+        shape = torch.Size(self.shape(name))
         return self.read(kind, name.removeprefix(TEACHER) if kind == "ema" else name, 0, shape.numel()).view(
             shape
         )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.manifest["parameters"][name]["shape"])
 
     def names(self) -> list[str]:
         return list(self.manifest["parameters"])

@@ -7,6 +7,7 @@ device, without waiting for it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from typing import TYPE_CHECKING, Any

@@ -19,11 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from d2v_ds.engine.ds_config import find_config, read_config, resolve_config
 from d2v_ds.engine.launch import prepare_environment, start_distributed
 from d2v_ds.engine.partition import fragments, full_shape
-from d2v_ds.training.agreement import meet
 from d2v_ds.training.init import Start
 from d2v_ds.training.loop import Report, train_step
 from d2v_ds.training.run import build_run, open_sources
-from d2v_ds.training.signals import listen
 
 
 class CountCollectives(TorchDispatchMode):
@@ -89,8 +87,7 @@ def run_case(name: str, out: Path, device: torch.device) -> None:
     )
     recipe.out = str(out / f"run-{name}")
     rank, world = dist.get_rank(), dist.get_world_size()
-    sources = open_sources(recipe, rank)
-    run = build_run(recipe, ds_config, sources, None, Start(), device, rank, world, listen(), {})
+    run = build_run(recipe, ds_config, open_sources(recipe, rank), None, Start(), device, rank, world)
     run.engine.train()
     losses, collectives, formula_errors = [], [], []
     update = run.ema.update
@@ -106,9 +103,8 @@ def run_case(name: str, out: Path, device: torch.device) -> None:
 
     run.ema.update = counted_update
     for step, micro_batches in enumerate(run.loader):
-        micro_batches = [m for m in micro_batches if m.modality in schedule(step)]
-        report = Report(True, meet(run, micro_batches))
-        assert train_step(run, micro_batches, report)
+        report = Report(True)
+        assert train_step(run, [m for m in micro_batches if m.modality in schedule(step)], report)
         values = report.losses()
         losses.append([values.get(f"{m}/loss", 0.0) for m in sorted(recipe.modalities)])
     values = full_values(run) | forward_teacher(run)

@@ -18,11 +18,9 @@ from deepspeed.accelerator import get_accelerator
 
 from d2v_ds.engine.launch import prepare_environment, start_distributed
 from d2v_ds.engine.partition import fragments
-from d2v_ds.training.agreement import meet
 from d2v_ds.training.init import Start
 from d2v_ds.training.loop import Report, train_step
 from d2v_ds.training.run import build_run, open_sources
-from d2v_ds.training.signals import listen
 from d2v_ds.training.skips import Skips
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
@@ -64,7 +62,7 @@ def run_case(name: str, out: Path, device: torch.device) -> dict[str, object]:
         config["fp16"] |= {"initial_scale_power": 4, "hysteresis": 1}  # no overflow but ours
     rank, world = dist.get_rank(), dist.get_world_size()
     sources = open_sources(recipe, rank)
-    run = build_run(recipe, config, sources, None, Start(), device, rank, world, listen(), {})
+    run = build_run(recipe, config, sources, None, Start(), device, rank, world)
     run.engine.train()
     skips, did = Skips(run), []
     for step, micro_batches in enumerate(run.loader):
@@ -73,7 +71,7 @@ def run_case(name: str, out: Path, device: torch.device) -> dict[str, object]:
         if step == 1 and rank == 1:
             next(m for m in micro_batches if m.modality == "image").batch.source[0, 0, 0, 0] = torch.nan
         handle = run.engine.module.register_forward_hook(overflow) if step == 3 and rank == 1 else None
-        before, report = weights(run), Report(False, meet(run, micro_batches))
+        before, report = weights(run), Report(False)
         is_applied = train_step(run, micro_batches, report)
         skips.observe(is_applied, micro_batches, report.each)
         if handle:
