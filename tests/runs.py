@@ -75,13 +75,13 @@ def deepspeed(*arguments: object) -> list[str]:
     ]
 
 
-def torchrun(*arguments: object) -> list[str]:
+def torchrun(*arguments: object, ranks: int = 2) -> list[str]:
     return [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
-        "--nproc_per_node=2",
+        f"--nproc_per_node={ranks}",
         *map(str, arguments),
     ]
 
@@ -113,7 +113,7 @@ class Command:
 
 
 def start_all(folder: Path, commands: dict[str, Command], ranks: int = 1) -> dict[str, dict[str, Any]]:
-    """One after another in one process (or two ranks); {name: {code, out, err}}."""
+    """One after another in one process (or so many ranks); {name: {code, out, err}}."""
     listed = [
         {
             "name": name,
@@ -126,7 +126,7 @@ def start_all(folder: Path, commands: dict[str, Command], ranks: int = 1) -> dic
     ]
     (folder / "commands.json").write_text(json.dumps(listed), encoding="utf-8")
     script = [ROOT / "tests" / "training" / "commands.py", folder / "commands.json", folder / "results.json"]
-    start(python(*script) if ranks == 1 else torchrun(*script))
+    start(python(*script) if ranks == 1 else torchrun(*script, ranks=ranks))
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
