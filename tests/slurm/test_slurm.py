@@ -118,7 +118,7 @@ def test_the_slurm_launcher_of_deepspeed_starts_both_nodes(cluster, tmp_path) ->
     script = tmp_path / "job.sh"
     script.write_text(
         f"#!/bin/bash\ncd {ROOT}\n{sys.executable} -m deepspeed.launcher.runner --hostfile {hostfile} --launcher slurm "
-        "--no_ssh_check "
+        "--no_ssh_check --master_addr n1 "
         f"train.py {' '.join(TINY)} train.steps=2 out={out}\n",
         encoding="utf-8",
     )

@@ -28,11 +28,11 @@ def sleep_in_step(rank: int) -> None:
 
 
 def slow_step(rank: int) -> None:
-    wrap(loop, "set_learning_rate", lambda step: time.sleep(2.0 if step == 2 else 0))
+    wrap(loop, "apply_step", lambda step: say_and_sleep("in step 3") if step == 2 else None)
 
 
 def slow_save(rank: int) -> None:
-    wrap(run.checkpoints, "save", lambda _: time.sleep(2.0))
+    wrap(run.checkpoints, "save", lambda _: say_and_sleep("saving"))
 
 
 def slow_start(rank: int) -> None:
@@ -44,6 +44,11 @@ def other_order(rank: int) -> None:
     if rank == 1:
         items = run.Plan.items
         run.Plan.items = lambda self, step, *a: items(self, step, *a)[:: -1 if step == 2 else 1]
+
+
+def say_and_sleep(text: str) -> None:
+    print(text, flush=True)
+    time.sleep(2.0)
 
 
 def wrap(module: object, name: str, before: object) -> None:

@@ -186,7 +186,7 @@ def test_ranks_stop_together_and_go_on_to_the_bit(forge, tmp_path, tmp_path_fact
     that nobody stopped."""
     config = ["--deepspeed", zero3_config(tmp_path), "train.save_every=4"]
     pids = forge.start(tmp_path / "a", config, config, fault="slow_step")
-    forge.wait_for("step 2/")
+    forge.wait_for("in step 3")
     os.kill(pids[1], signal.SIGUSR1)
     assert forge.codes() == [STOPPED, STOPPED], forge.text()
     assert "stopped after step 3 of 6" in forge.text() and "(rank 1) SIGUSR1: finishing" in forge.text(1)
@@ -194,7 +194,7 @@ def test_ranks_stop_together_and_go_on_to_the_bit(forge, tmp_path, tmp_path_fact
     assert (run / "latest").read_text() == "step_00000003"
 
     pids = forge.start(tmp_path / "a", config, config, fault="slow_save")
-    forge.wait_for("step 4/")
+    forge.wait_for("saving")
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
     assert forge.codes() == [STOPPED, STOPPED], forge.text()
