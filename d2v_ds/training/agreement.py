@@ -76,7 +76,7 @@ def meet(run: Run, micro_batches: list[MicroBatch]) -> dict[str, Tensor] | None:
     facts = {"step": run.step, "modalities": [micro.modality for micro in micro_batches], **run.identity}
     mark = int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:2], "big")
     row = [*(counts[name] for name in names), float(not micro_batches), mark, mark**2]
-    total = torch.tensor(row, dtype=torch.float64, device=run.device)
+    total = torch.tensor(row, dtype=torch.float64).to(run.device, non_blocking=True)
     run.clock.arrived()
     dist.all_reduce(total)
     run.clock.met()

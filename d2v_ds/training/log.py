@@ -144,7 +144,9 @@ def forget_after(path: Path, step: int) -> None:
             continue
         if row["step"] <= step:
             kept.append(line)
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary = path.with_name(f".tmp-{path.name}")  # a signal may end the start at any moment
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
 
 
 def plot_losses(folder: Path) -> Path | None:

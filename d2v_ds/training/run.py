@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+import threading
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +44,9 @@ from d2v_ds.training.skips import Diverged
 from d2v_ds.training.verdict import Watch
 from d2v_ds.training.volume import describe_volume
 from d2v_ds.training.watchdog import Watchdog
+
+LAST_BARRIER_SECONDS = 30.0
+"""Everything is saved by then, and a rank that died meanwhile must not keep the others."""
 
 
 @dataclass
@@ -194,6 +198,9 @@ def leave_together(stopped: Stopped) -> None:
     """At once and without Python's slow end, since a launcher kills the others when the first has left."""
     if os.environ["RANK"] == "0":
         print(stopped, flush=True)
+    late = threading.Timer(LAST_BARRIER_SECONDS, leave_now, [STOPPED])
+    late.daemon = True
+    late.start()
     with contextlib.suppress(RuntimeError):
         dist.barrier()
     leave_now(STOPPED)

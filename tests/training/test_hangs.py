@@ -53,20 +53,21 @@ def test_a_long_step_is_a_hang_and_a_long_save_is_none(tmp_path: Path) -> None:
     code = f"""
 import time
 from pathlib import Path
-from d2v_ds.training.watchdog import Watchdog
-dog = Watchdog(Path({str(tmp_path)!r}), 0, factor=3, seconds=1.5, patience=60)
+from d2v_ds.training import watchdog
+watchdog.OTHERS_WRITE_SECONDS = 0.1
+dog = watchdog.Watchdog(Path({str(tmp_path)!r}), 0, factor=3, seconds=1.0, patience=60)
 def step_that_hangs(): time.sleep(60)
 for step in range(4):
     dog.begin(step); time.sleep(0.1); dog.end(0.1)
 dog.wait_patiently("saving")
-time.sleep(3)
+time.sleep(2.5)
 print("saved", flush=True)
 dog.begin(4)
 step_that_hangs()
 """
     done = subprocess.run(python("-c", code), env=environment(), capture_output=True, text=True)
     assert done.returncode == HUNG and done.stdout == "saved\n", done.stderr
-    assert "step 5 has taken 2 s, median 0.10 s" in done.stderr
+    assert "step 5 has taken" in done.stderr and "median 0.10 s (train.hang_seconds=1" in done.stderr
     assert "step_that_hangs" in (tmp_path / "hang" / "stacks_rank_00000.txt").read_text()
 
 
