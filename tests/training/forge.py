@@ -32,7 +32,7 @@ def slow_step(rank: int) -> None:
 
 
 def slow_save(rank: int) -> None:
-    wrap(run.checkpoints, "save", lambda _: say_and_sleep("saving"))
+    wrap(run.Run, "save", lambda _: say_and_sleep("saving"))
 
 
 def slow_start(rank: int) -> None:
@@ -55,9 +55,9 @@ def wrap(module: object, name: str, before: object) -> None:
     """`before(number of the call)`, then what it was."""
     original, calls = getattr(module, name), iter(range(1_000_000))
 
-    def wrapped(*arguments: object) -> object:
+    def wrapped(*arguments: object, **keywords: object) -> object:
         before(next(calls))
-        return original(*arguments)
+        return original(*arguments, **keywords)
 
     setattr(module, name, wrapped)
 
