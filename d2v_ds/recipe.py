@@ -138,6 +138,31 @@ class Health(Config):
     """The same of predictions."""
 
 
+class Probe(Config):
+    """Closed-form probes of the features while a run goes on; they change nothing of it (docs/health.md)."""
+
+    every: NonNegativeInt = 0
+    """Steps between them; 0 = none."""
+    train: str | None = None
+    """Labelled shards to fit on: a pattern, inside the data folder or a path of its own."""
+    test: str | None = None
+    """Labelled shards to test on."""
+    label: str = "cls;json.label"
+    """Member, or key of a json member, that holds the class, an integer from 0."""
+    samples: PositiveInt = 2_000
+    """At most so many of each part, always the same."""
+    batch: PositiveInt = 32
+
+    @model_validator(mode="after")
+    def consistent(self) -> Probe:
+        for key in ("train", "test"):
+            if self.every and not getattr(self, key):
+                raise ValueError(
+                    f"probe.every={self.every} needs labelled shards: set probe.{key} to a pattern, or probe.every=0"
+                )
+        return self
+
+
 class Recipe(Config):
     name: str
     modalities: dict[str, SerializeAsAny[ModalityConfig]]
@@ -146,6 +171,7 @@ class Recipe(Config):
     optim: Optim = Optim()
     train: Train = Train()
     health: Health = Health()
+    probe: Probe = Probe()
     data: str = "shards/sample"
     """Folder of shards, or a pattern: a{000..123}.tar, *.tar, several joined by `::`; or URLs (https, s3, gs, hf)."""
     remote: Remote = Remote()
@@ -220,6 +246,12 @@ FREE = {
     "train.hang_seconds",
     "train.hang_factor",
     "train.straggler_factor",
+    "probe.every",
+    "probe.train",
+    "probe.test",
+    "probe.label",
+    "probe.samples",
+    "probe.batch",
 }
 
 

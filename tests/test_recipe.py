@@ -237,7 +237,7 @@ def test_how_a_run_is_saved_is_outside_the_hash():
 
 
 @pytest.mark.parametrize(
-    "key", sorted(FREE - {"precision", "health.on_collapse", "train.save", "train.keep_every"})
+    "key", sorted(FREE - {"precision", "health.on_collapse", "train.save", "train.keep_every", "probe.every"})
 )
 def test_where_and_how_long_are_outside_the_hash(key):
     recipe = load_recipe(TINY)

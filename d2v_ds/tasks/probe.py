@@ -5,6 +5,7 @@ N samples, D features, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,32 +64,45 @@ def labelled(encoder: Encoder, shards: str, label: str) -> tuple[list[Any], Tens
     """Decoded items and integer labels of all samples of some shards."""
     samples = encoder.samples
     corpus = Corpus.open(expand_shards(shards), {**samples.fields, "label": label}, progress=None)
+    labels = read_labels(corpus, range(len(corpus)), label)
+    return [samples.decode(corpus, i) for i in range(len(corpus))], labels
+
+
+def read_labels(corpus: Corpus, indices: Iterable[int], label: str) -> Tensor:
+    """Raises ValueError for a label that is no integer, or below 0."""
     labels = []
-    for i in range(len(corpus)):
+    for i in indices:
         value = corpus.read(i)["label"]
         try:
             labels.append(int(value))
         except ValueError as error:
             raise ValueError(
                 f"label {value!r} of {corpus.key(i)} is no integer; "
-                f"name another member or key than '{label}' with --label"
+                f"name another member or key than '{label}' with --label or probe.label"
             ) from error
-    return [samples.decode(corpus, i) for i in range(len(corpus))], torch.tensor(labels)
+        if labels[-1] < 0:
+            raise ValueError(f"label {labels[-1]} of {corpus.key(i)} must be 0 or more: classes count from 0")
+    return torch.tensor(labels)
 
 
 @torch.no_grad()
-def features(encoder: Encoder, items: list[Any], batch: int = 64) -> dict[str, Tensor]:
-    """`mean`: the last block, mean-pooled, (N, D). `all`: every block's mean, concatenated, (N, D * depth)."""
+def layer_means(encoder: Encoder, items: list[Any], batch: int = 64) -> Tensor:
+    """Every block's output, mean-pooled over real tokens; (N, depth, D) fp32 on the CPU."""
     order = sorted(range(len(items)), key=lambda i: length(items[i]))  # alike lengths: little padding
     pooled: list[Any] = [None] * len(items)
     for first in range(0, len(order), batch):
         chosen = order[first : first + batch]
         f = encoder.extract([items[i] for i in chosen], all=True)
         means = torch.stack([mean_pool(layer, f.mask) for layer in f.layers], dim=1).float()  # (B, depth, D)
-        for i, row in zip(chosen, means, strict=True):
+        for i, row in zip(chosen, means.cpu(), strict=True):
             pooled[i] = row
-    stacked = torch.stack(pooled)
-    return {"mean": stacked[:, -1], "all": stacked.flatten(1)}
+    return torch.stack(pooled)
+
+
+def features(encoder: Encoder, items: list[Any], batch: int = 64) -> dict[str, Tensor]:
+    """`mean`: the last block, mean-pooled, (N, D). `all`: every block's mean, concatenated, (N, D * depth)."""
+    means = layer_means(encoder, items, batch)
+    return {"mean": means[:, -1], "all": means.flatten(1)}
 
 
 def length(item: Any) -> int:

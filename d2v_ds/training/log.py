@@ -16,7 +16,7 @@ class Log:
 
     def __init__(self, folder: Path, first_step: int, total: int):
         self.folder, self.total = folder, total
-        for name in ("metrics.jsonl", "health.jsonl"):
+        for name in ("metrics.jsonl", "health.jsonl", "probes.jsonl"):
             forget_after(folder / name, first_step)
         self.writer = self.open_writer(first_step)
         self.started, self.first_step = time.perf_counter(), first_step

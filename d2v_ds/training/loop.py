@@ -73,6 +73,8 @@ def run_steps(run: Run) -> None:
         if report.is_wanted:
             write_log(run, report, clock)
         skips.observe(is_applied, micro_batches, report.each)
+        if run.probes.is_due(run.step):
+            run.probes.measure(run)
         if is_due(run.step, train.save_every, train.steps):
             run.save()
         clock.start(run.step)

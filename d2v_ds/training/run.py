@@ -39,6 +39,7 @@ from d2v_ds.training.guard import Collapsed, newest_healthy
 from d2v_ds.training.init import Start, read_start
 from d2v_ds.training.log import Log
 from d2v_ds.training.loop import run_steps
+from d2v_ds.training.probing import Probes, open_probes
 from d2v_ds.training.signals import Signals, leave_now, listen, stop_listening, tell
 from d2v_ds.training.skips import Diverged
 from d2v_ds.training.verdict import Watch
@@ -80,6 +81,7 @@ class Run:
     """Steps done when it was last saved."""
     watch: Watch
     saver: Saver
+    probes: Probes
     lr_scale: float = 1.0
     """What rollbacks have left of the recipe's learning rate."""
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
@@ -271,7 +273,8 @@ def train_until_asked(recipe: Recipe, deepspeed: str | None, signals: Signals) -
         together(lambda: check_same_data(sources, saved))
     begin = Start() if saved else together(lambda: read_start(recipe))
     agree({"data": fingerprints(sources), "checkpoint": str(start), "init": begin.fingerprint()})
-    run = build_run(recipe, ds_config, sources, saved, begin, device, rank, world)
+    probes = open_probes_together(recipe, sources, rank)
+    run = build_run(recipe, ds_config, sources, saved, begin, device, rank, world, probes)
     signals.phase, signals.patience = "running", recipe.train.stop_seconds
     try:
         run_steps(run)
@@ -364,6 +367,13 @@ def open_sources(recipe: Recipe, rank: int) -> list[Source]:
         )
 
 
+def open_probes_together(recipe: Recipe, sources: list[Source], rank: int) -> Probes:
+    """Rank 0 first, which builds what is missing of the index."""
+    with reading(recipe.remote):
+        probes = together(lambda: open_probes(recipe, sources) if rank == 0 else None)
+        return together(lambda: probes or open_probes(recipe, sources))
+
+
 def fingerprints(sources: list[Source]) -> dict[str, str]:
     return {s.name: s.fingerprint for s in sources}
 
@@ -387,6 +397,7 @@ def build_run(
     device: torch.device,
     rank: int,
     world: int,
+    probes: Probes,
 ) -> Run:
     torch.manual_seed(recipe.seed)  # equal on all ranks: so are the fresh weights
     model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat)
@@ -435,6 +446,7 @@ def build_run(
         recipe, engine, ema, plan, sources, device, rank, world,
         step, applied, first_step, updates_before, log, faults,
         listen(), watchdog, Clock(watchdog, device), identity, step, Watch(recipe.health.patience), saver,
+        probes,
     )  # fmt: skip
     if saved:
         run.lr_scale, run.rollbacks = saved.loop.get("lr_scale", 1.0), saved.loop.get("rollbacks", [])
@@ -442,6 +454,7 @@ def build_run(
     introduce(run, ds_config, saved)
     for note in begin.notes:
         run.say(note)
+    run.probes.begin(run)
     return run
 
 

@@ -1,0 +1,131 @@
+"""Probes on the way: what they find, and that the run does not notice them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ranks import SAMPLE
+from runs import MODALITIES, Command, read_rows, start_all, without_timings, zero3_config
+
+from d2v_ds.convert.load import load
+from d2v_ds.data import Corpus, expand_shards
+from d2v_ds.recipe import load_recipe
+from d2v_ds.tasks.probe import layer_means, read_labels, ridge
+from d2v_ds.tasks.spectrum import rankme
+from d2v_ds.training.probing import choose
+
+PROBED = [
+    "probe.every=1", "probe.train=multimodal-train-*.tar", "probe.test=multimodal-val-*.tar", "probe.samples=30",
+    "train.steps=2", "train.save_every=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("probes")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, dict]:
+    """With and without probes, at stage 0, and mistakes."""
+    zero0 = ["--deepspeed", "zero0"]
+    return start_all(
+        folder,
+        {
+            "probed": Command(folder / "probed", [*zero0, *PROBED]),
+            "plain": Command(folder / "plain", [*zero0, "train.steps=2", "train.save_every=2"]),
+            "no shards": Command(folder / "none", [*zero0, *PROBED, "probe.test=absent-*.tar"]),
+            "no labels": Command(folder / "none", [*zero0, *PROBED, "probe.train=text-train-*.tar"]),
+            "words": Command(folder / "none", [*zero0, *PROBED, "probe.label=txt"]),
+        },
+    )
+
+
+def rows_of(run: Path) -> list[dict]:
+    return read_rows(run, "probes.jsonl")
+
+
+def test_losses_are_equal_to_the_bit_with_probes_and_without(results: dict, folder: Path) -> None:
+    assert results["probed"]["code"] == results["plain"]["code"] == 0, results["probed"]["err"]
+    for name in ("metrics.jsonl", "health.jsonl"):
+        probed, plain = (without_timings(read_rows(folder / run, name)) for run in ("probed", "plain"))
+        assert probed == plain and len(plain) == 2
+
+
+def test_every_layer_of_student_and_teacher_stands_beside_both_baselines(results: dict, folder: Path) -> None:
+    rows = rows_of(folder / "probed")
+    found = {(r["step"], r["modality"], r["weights"], r["features"]) for r in rows}
+    layers = ("layer 1", "layer 2", "all")
+    baselines = {(0, m, "random init", f) for m in MODALITIES for f in layers} | {
+        (0, m, "raw input", "raw") for m in MODALITIES
+    }
+    trained = {
+        (s, m, w, f) for s in (1, 2) for m in MODALITIES for w in ("student", "teacher") for f in layers
+    }
+    assert found == baselines | trained and len(rows) == len(found)
+    assert all(0 <= r["ridge"] <= 1 and set(r["knn"]) == {"10", "20"} for r in rows)
+    assert all(r["rankme"] >= 1 for r in rows if r["features"].startswith("layer"))
+    assert all(r["lidar"] >= 1 for r in rows if r["features"] == "layer 2")
+    assert (folder / "probed" / "probes.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("weights", ["student", "teacher"])
+def test_the_last_probe_is_what_the_saved_weights_give(weights: str, results: dict, folder: Path) -> None:
+    """The checkpoint of the same step, loaded, on the same samples."""
+    encoder = load(folder / "probed", "image", weights)
+    x, y = {}, {}
+    for part, pattern in (("train", "multimodal-train-*.tar"), ("test", "multimodal-val-*.tar")):
+        fields = {**encoder.samples.fields, "label": "cls;json.label"}
+        corpus = Corpus.open(expand_shards(str(SAMPLE / pattern)), fields, progress=None)
+        chosen = choose(len(corpus), 30)
+        x[part] = layer_means(encoder, [encoder.samples.decode(corpus, i) for i in chosen])
+        y[part] = read_labels(corpus, chosen, "label")
+    row = next(
+        r for r in rows_of(folder / "probed")
+        if (r["step"], r["modality"], r["weights"], r["features"]) == (2, "image", weights, "layer 2")
+    )  # fmt: skip
+    found = {part: means[:, 1] for part, means in x.items()}
+    assert row["rankme"] == pytest.approx(rankme(found["test"]), rel=1e-4)
+    assert row["ridge"] == pytest.approx(
+        ridge(found["train"], y["train"], found["test"], y["test"])[0], abs=0.05
+    )
+
+
+def test_mistakes_are_told_before_training(results: dict) -> None:
+    assert [results[name]["code"] for name in ("no shards", "no labels", "words")] == [2, 2, 2]
+    assert "probe.test=absent-*.tar" in results["no shards"]["err"]
+    assert (
+        "probe.train=text-train-*.tar" in results["no labels"]["err"]
+        and "no 'label'" in results["no labels"]["err"]
+    )
+    assert "is no integer" in results["words"]["err"] and "probe.label" in results["words"]["err"]
+    assert not any("step 1/" in results[name]["out"] for name in ("no shards", "no labels", "words"))
+    with pytest.raises(ValueError, match="set probe.train"):
+        load_recipe("image_tiny", ["probe.every=10"])
+
+
+@pytest.mark.slow
+def test_two_ranks_at_zero3_do_not_notice_and_find_the_same(folder: Path, results: dict) -> None:
+    """Bit-equal losses with and without; accuracies of one rank at stage 0, up to rounding."""
+    config = zero3_config(folder)
+    both = start_all(
+        folder,
+        {
+            "probed": Command(folder / "probed2", ["--deepspeed", config, *PROBED]),
+            "plain": Command(
+                folder / "plain2", ["--deepspeed", config, "train.steps=2", "train.save_every=2"]
+            ),
+        },
+        ranks=2,
+    )
+    assert both["probed"]["code"] == both["plain"]["code"] == 0, both["probed"]["err"]
+    for name in ("metrics.jsonl", "health.jsonl"):
+        probed, plain = (without_timings(read_rows(folder / run, name)) for run in ("probed2", "plain2"))
+        assert probed == plain
+    one, two = ({(r["step"], r["modality"], r["weights"], r["features"]): r for r in rows_of(folder / run)}
+                for run in ("probed", "probed2"))  # fmt: skip
+    assert one.keys() == two.keys()
+    for key, row in one.items():
+        if "rankme" in row:
+            assert two[key]["rankme"] == pytest.approx(row["rankme"], rel=1e-3), key
