@@ -24,6 +24,7 @@ HEADER = (
     "amount",
     "share",
     "in a micro-batch",
+    "an epoch",
     "steps an epoch",
     "epochs",
     "lost",
@@ -84,7 +85,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def describe_plan(recipe: Recipe, sources: list[Source], plan: Plan) -> str:
     steps = recipe.train.steps
     lines = [
-        f"{recipe.name}: {steps:,} steps on {plan.possible_worlds()} ranks, seed {recipe.seed}, data {recipe.data}"
+        f"{recipe.name}: {steps:,} steps on {plan.possible_worlds()} rank(s), seed {recipe.seed}, data {recipe.data}"
     ]
     for source in sources:
         stream = source.stream
@@ -136,6 +137,7 @@ def row(stream: Stream, share: Share, volume: Volume, epochs: dict[str, float]) 
         f"{own:.2%}",
         f"{share.size / batches:.1f}"
         + (f", {volume.micro_batch:,.1f} {volume.unit}" if volume.unit != "images" else ""),
+        f"{batches:,.0f} micro-batches",
         f"{batches / (stream.micro_batches * own):,.1f}",
         f"{epochs[share.name]:,.2f}",
         lost,
@@ -171,11 +173,11 @@ def describe_step(sources: list[Source], plan: Plan, step: int, world: int) -> s
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Columns as wide as their widest cell; the first to the left, numbers to the right."""
-    widths = [max(len(cells[i]) for cells in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
-        )
-        for cells in rows
-    ]
+    """Columns as wide as their widest cell; the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = "<" + ">" * (len(widths) - 1)
+    lines = []
+    for cells in rows:
+        padded = (f"{cell:{side}{width}}" for cell, side, width in zip(cells, sides, widths, strict=True))
+        lines.append("  ".join(padded).rstrip())
+    return lines
