@@ -143,10 +143,9 @@ def fetch_beside(shard: RemoteShard, name: str, limit: int = 1 << 30) -> bytes |
             return None
 
 
-def drop(shard: RemoteShard) -> None:
-    """Removes a tar from the cache unless it is being read; what is read next is what the server has."""
-    if shard.path.is_file():
-        _remove(shard.path)
+def drop(shard: RemoteShard) -> bool:
+    """Removes a tar from the cache, so that what is read next is what the server has; False if it is being read."""
+    return not shard.path.is_file() or _remove(shard.path) > 0
 
 
 def remote_size(shard: RemoteShard) -> int | None:

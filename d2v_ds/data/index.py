@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,8 @@ from d2v_ds.data.shard import (
     load_column,
     load_index,
     load_remote_index,
+    sidecar,
+    write_atomically,
     write_column,
 )
 
@@ -259,15 +262,34 @@ def _measure_shard(index: ShardIndex, fields: Fields, measure: Measure, name: st
     if index.remote and load_column(index, name) is not None:
         return
     kept = samples_with(index, fields)
-    lengths = np.zeros(index.num_samples, dtype=np.uint32)
+    lengths, faults = np.zeros(index.num_samples, dtype=np.uint32), []
     reader = ShardReader(index, fields)
     for sample in range(index.num_samples) if kept is None else kept.tolist():
         try:
             lengths[sample] = measure(reader.read(sample))
-        except ValueError:
-            lengths[sample] = 0  # counted and reported by whoever opens the corpus
+        except ValueError as error:  # length 0: counted by whoever opens the corpus
+            reason = error.reason if isinstance(error, CorruptSample) else str(error)
+            faults.append({"key": reader.key(sample), "reason": reason})
     reader.close()
     write_column(index, name, lengths)
+    _tell_faults(index, name, faults)
+
+
+def _tell_faults(index: ShardIndex, name: str, faults: list[dict[str, str]]) -> None:
+    """Lists them beside the column, and warns: how many of which reason, an example of each."""
+    file = sidecar(index.folder, index.path, f"{name}.faults.jsonl")
+    if not faults:
+        file.unlink(missing_ok=True)
+        return
+    write_atomically(file, "".join(json.dumps(fault) + "\n" for fault in faults).encode())
+    by_reason: dict[str, list[str]] = {}
+    for fault in faults:
+        by_reason.setdefault(re.sub(r"\d+", "#", fault["reason"]), []).append(fault["key"])
+    for keys in by_reason.values():
+        reason = next(fault["reason"] for fault in faults if fault["key"] == keys[0])
+        log.warning(
+            "%s: %d samples without %s, as %s: %s (all: %s)", index, len(keys), name, keys[0], reason, file
+        )
 
 
 def _expand(pattern: str) -> Iterator[Shard]:

@@ -102,6 +102,10 @@ class Source:
         return int(self.samples.unit_starts[-1])
 
     @property
+    def shelf(self) -> Shelf:
+        return Shelf(self.corpus, self.samples.unit_starts)
+
+    @property
     def stream(self) -> Stream:
         return Stream(self.name, self.size, self.batch, self.micro_batches, self.shares)
 
@@ -181,7 +185,7 @@ class StepLoader:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        shelves = {s.name: Shelf(s.corpus, s.samples.unit_starts) for s in self.sources}
+        shelves = {source.name: source.shelf for source in self.sources}
         prefetcher = Prefetcher.start(shelves, self.plan, self.rank, self.world, self.steps)
         micro_batches, deaths = self._start(self.steps.start), 0
         try:

@@ -120,6 +120,30 @@ class Prefetcher:
         self._process.join()
 
 
+def check_room(shelves: dict[str, Shelf], plan: Plan, rank: int, world: int, step: int) -> None:
+    """ValueError if the shards of a corpus do not fit the cache: the plan draws from all of them in every step."""
+    indexes = {i.path: i for shelf in shelves.values() for i in shelf.corpus.indexes if i.remote}
+    if not indexes:
+        return
+    first = next(iter(indexes.values())).remote
+    total = sum(index.size for index in indexes.values())
+    if total <= first.limit or first.settings.refetch:
+        return
+    window = Window(shelves, plan, [rank], world, range(step, step + 1))
+    needed = window.move(step)
+    again = sum(index.size for index in needed) * (1 - first.limit / total)
+    raise ValueError(
+        f"{len(indexes)} remote shards of {total / 1e9:.3g} GB do not fit a cache of {first.limit / 1e9:.3g} GB, and a "
+        f"step of this rank draws from {len(needed)} of them: some {again / 1e9:.2g} GB would be fetched again in each "
+        f"step. Set remote.cache_gib={_rounded_up(total)} or more (remote.cache: on a disk that has it), name fewer "
+        "shards, or allow it by remote.refetch=true"
+    )
+
+
+def _rounded_up(size: int) -> str:
+    return f"{size / (1 << 30) * 1.01 + 0.001:.3f}" if size < 1 << 30 else str(-(-size // (1 << 30)))
+
+
 def _run(window: Window, step: Any, parent: int) -> None:
     signal.set_wakeup_fd(-1)  # a pipe of the main process
     for number in (signal.SIGINT, signal.SIGUSR1):

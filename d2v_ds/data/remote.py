@@ -55,6 +55,8 @@ class Remote(Config):
     """Shards fetched at a time."""
     retry_minutes: PositiveFloat = 10.0
     """How long a server that gives nothing is tried again."""
+    refetch: bool = False
+    """Whether a run may start whose shards do not fit the cache and will be fetched again and again."""
     pipe: bool = False
     """Whether `pipe:COMMAND` may run commands."""
 

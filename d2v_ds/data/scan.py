@@ -102,7 +102,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 def _scan_members(scan: Scan, file: BinaryIO, size: int) -> int:
     """Add all members to the scan; the offset where tarfile saw the end of the archive."""
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
         for member in _iterate(tar):
             _check_member(scan, member, size)
             name = split_name(member.name) if member.isreg() else None
@@ -112,9 +112,27 @@ def _scan_members(scan: Scan, file: BinaryIO, size: int) -> int:
 
 
 def _iterate(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (member := tar.next()) is not None:
+    """All members; ReadError also for what tarfile does not expect of a header."""
+    while True:
+        try:
+            member = tar.next()
+        except (ValueError, OverflowError, RecursionError, MemoryError, OSError) as error:
+            raise tarfile.ReadError(f"unreadable header at byte {tar.offset} ({error})") from error
+        if member is None:
+            return
+        if member.size < 0:
+            raise tarfile.ReadError(f"a size of {member.size} bytes in the header at byte {member.offset}")
         tar.members.clear()  # tarfile would keep them all: 1 GB at a million members
         yield member
+
+
+class _Member(tarfile.TarInfo):
+    """A size below zero sends tarfile back to where it was, for ever (CVE-2025-8194)."""
+
+    def _block(self, count: int) -> int:
+        if count < 0:
+            raise tarfile.InvalidHeaderError("a size below zero")
+        return super()._block(count)
 
 
 def _crc32(file: BinaryIO, member: tarfile.TarInfo) -> int:

@@ -65,7 +65,8 @@ def verify_shard(shard: Shard, published: dict[str, Published]) -> Report:
         return report
     try:
         find_remote_index(shard)
-        drop(shard)
+        if not drop(shard):
+            report.notes.append("it is being read by another process: what the cache has of it was checked")
         with acquire(shard):  # stays while it is read
             _verify_file(shard.path, rows, report)
     except OSError as error:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from d2v_ds.data import ensure_index
 from d2v_ds.data.parallel import Progress, map_shards
 from d2v_ds.data.reader import CorruptSample, ShardReader
 from d2v_ds.data.shard import ShardIndex
 from d2v_ds.modalities.audio.samples import decode_sound, sound_size
-from d2v_ds.modalities.image.samples import MAX_PIXELS, decode_image
+from d2v_ds.modalities.image.samples import MAX_PIXELS, UNDECODABLE, decode_image
 
 UNITS = {"image": "pixels a side (geometric mean)", "sound": "seconds", "text": "characters"}
 COLUMNS = 4
@@ -94,7 +94,7 @@ def _as_image(content: bytes, is_shown: bool) -> dict[str, Any] | None:
     try:
         with Image.open(io.BytesIO(content)) as image:
             width, height, what = *image.size, f"{image.format} {image.mode}"
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except (*UNDECODABLE, ValueError):
         return None
     found = {"kind": "image", "length": math.sqrt(width * height), "what": f"{what} {width}x{height}"}
     if width * height > MAX_PIXELS:

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from d2v_ds.data import Plan, Share, Source, Stream, Volume
+from d2v_ds.data.remote import reading
 from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import Recipe, load_recipe
 
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        sources = [open_source(name, config, recipe.data) for name, config in recipe.modalities.items()]
+        with reading(recipe.remote):
+            sources = [open_source(name, config, recipe.data) for name, config in recipe.modalities.items()]
         plan = Plan(recipe.seed, [source.stream for source in sources])
         plan.check_world(arguments.ranks)
         print(describe_plan(recipe, sources, plan))

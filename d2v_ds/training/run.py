@@ -20,6 +20,7 @@ import yaml
 
 from d2v_ds.config import dotted_keys
 from d2v_ds.data import DataError, FaultLog, Plan, Source, StepLoader
+from d2v_ds.data.prefetch import check_room
 from d2v_ds.data.remote import reading
 from d2v_ds.engine import checkpoint as checkpoints
 from d2v_ds.engine.build import build_engine, build_optimizer
@@ -450,6 +451,7 @@ def build_run(
     )  # fmt: skip
     if saved:
         run.lr_scale, run.rollbacks = saved.loop.get("lr_scale", 1.0), saved.loop.get("rollbacks", [])
+    check_room({s.name: s.shelf for s in sources}, plan, rank, world, step)
     run.loader = StepLoader(sources, plan, rank, world, step, recipe.train.steps, recipe.train.workers)
     introduce(run, ds_config, saved)
     for note in begin.notes:

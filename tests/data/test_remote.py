@@ -21,6 +21,7 @@ from d2v_ds.data import Corpus, CorruptSample, Source, StepLoader, build_index, 
 from d2v_ds.data import cache as caches
 from d2v_ds.data import remote as remotes
 from d2v_ds.data.cache import Needs, RemoteShard, acquire, evict, locked, needs, used
+from d2v_ds.data.prefetch import check_room
 from d2v_ds.data.remote import Missing, Remote, RemoteError, reading
 
 Writer = Callable[..., list[Path]]
@@ -500,12 +501,72 @@ ls -a {tmp_path}/disk/*
     assert "others make room" in done.stdout and ".part" not in done.stdout
 
 
+# ---- room ----
+
+
+def test_a_corpus_that_does_not_fit_is_refused_with_numbers(site, tmp_path):
+    limit = int(2.2 * max(len(content) for content in site.files.values()))
+    with serve(site) as url:
+        for settings, refuses in (({}, True), ({"refetch": True}, False), ({"cache_gib": 1}, False)):
+            settings = settings_of(tmp_path, **{"cache_gib": gib(limit), **settings})
+            sources = sources_of(open_corpus(f"{url}/{NAMES}", settings))
+            arguments = {s.name: s.shelf for s in sources}, make_plan(sources), 0, 1, 5
+            if refuses:
+                rule = r"5 remote shards of .* do not fit a cache of .* draws from 5 of them: .*remote.cache_gib=0.001"
+                with pytest.raises(ValueError, match=rule):
+                    check_room(*arguments)
+            else:
+                check_room(*arguments)
+
+
+# ---- object stores ----
+
+
+@pytest.fixture(scope="module")
+def s3() -> str:
+    """The address of an S3 server of our own."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+def test_s3_gives_the_same_batches_by_names_globs_and_folders(local, s3, tmp_path, monkeypatch):
+    import boto3
+
+    for key, value in {
+        "AWS_ENDPOINT_URL": s3,
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(key, value)
+    client = boto3.client("s3", endpoint_url=s3)
+    client.create_bucket(Bucket="bucket")
+    for path in local:
+        client.put_object(Bucket="bucket", Key=f"in/{path.name}", Body=path.read_bytes())
+    settings = settings_of(tmp_path)
+    corpus = open_corpus(f"s3://bucket/in/{NAMES}", settings)
+    assert batches(corpus, workers=1) == local_batches(local)
+    with reading(settings):
+        names = [str(shard) for shard in expand_shards("s3://bucket/in/*.tar")]
+        assert names == [f"s3://bucket/in/{path.name}" for path in local]
+        assert [str(shard) for shard in expand_shards("s3://bucket/in")] == names
+        with pytest.raises(ValueError, match="matches nothing"):
+            expand_shards("s3://bucket/out/*.tar")
+        with pytest.raises(Missing, match="s3://bucket/in/absent.tar cannot be read"):
+            open_corpus("s3://bucket/in/absent.tar", settings)
+
+
 # ---- from a shell ----
 
 
 def test_index_verify_and_preview_work_on_urls(site, tmp_path, capsys):
     with serve(site) as url:
-        options = ["--cache", str(tmp_path / "cache"), "--retry-minutes", "0.01", "--workers", "2"]
+        options = ["--cache", str(tmp_path / "cache"), "--retry-minutes", "0.5", "--workers", "2"]
         assert main(["index", f"{url}/{NAMES}", *options]) == 0
         assert "35 samples in 5 shards" in capsys.readouterr().out
         assert main(["verify", f"{url}/{NAMES}", *options]) == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,22 @@ from d2v_ds.modalities.source import StreamConfig, draw_views, generator, reason
 from d2v_ds.model.batch import Batch
 
 MAX_PIXELS = 100_000_000  # a bomb is refused by its header, before it is decoded
+
+
+UNDECODABLE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    OverflowError,
+    MemoryError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow raises for headers that lie."""
 
 
 class ImageData(StreamConfig):
@@ -121,7 +139,7 @@ def decode_image(data: bytes) -> Image.Image:
                 f"image of {image.width}x{image.height} pixels is above the limit of {MAX_PIXELS}"
             )
         return to_rgb(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNDECODABLE as error:
         raise ValueError(f"undecodable image: {reason(error)}") from error
 
 
