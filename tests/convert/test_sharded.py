@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
 from synthetic import expected, write_synthetic
@@ -156,3 +157,33 @@ def test_two_billion_parameters_of_eight_ranks_are_exported_within_two_gigabytes
         name = "blocks.39.mlp.fc1.weight"
         name = name if name in file.keys() else next(n for n in file.keys() if n.startswith("blocks.39"))  # noqa: SIM118
         assert torch.equal(file.get_tensor(name), expected(name, shapes(recipe)[name], 8).bfloat16())
+
+
+LIVE = [f"{stage}_{precision}" for stage in ("zero1", "zero2", "zero3") for precision in ("fp32", "bf16")]
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("live")
+    run_ranks(Path(__file__).with_name("live_ranks.py"), out, *LIVE)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LIVE)
+def test_an_export_equals_the_live_student_and_teacher(case, live, tmp_path):
+    """fp32: the optimizer's masters and the average. In the precision of the run: what its forward passes use."""
+    model = load_file(live / f"{case}.safetensors")
+    exact = load_file(export(live / case, tmp_path / "fp32", "both") / SINGLE)
+    compared = 0
+    for key, value in model.items():
+        kind, _, name = key.partition(".")
+        if kind != "used":
+            compared += 1
+            assert torch.equal(value, exact[name if kind == "student" else TEACHER + name]), key
+    assert compared > 100
+    dtype = case.partition("_")[2]
+    rounded = load_file(export(live / case, tmp_path / "own", "both", dtype=dtype) / SINGLE)
+    used = {key.removeprefix("used."): value for key, value in model.items() if key.startswith("used.")}
+    assert used.keys() == rounded.keys()
+    assert all(torch.equal(value, rounded[name]) for name, value in used.items())
