@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -340,11 +341,18 @@ def _identity(item: Any) -> Any:
     return item
 
 
+def _tell_unless_lost(tell: Any, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """A main process that was asked to stop leaves in the middle of taking a batch: no news."""
+    if not issubclass(kind, ConnectionError):
+        tell(kind, error, trace)
+
+
 def _init_worker(leaving: Any, _: int) -> None:
     """The main process decides when to stop: a signal to the whole group must not end its workers first.
 
     But once it is leaving, SIGTERM is what multiprocessing ends them with; else it would wait for them for ever.
     """
+    sys.excepthook = partial(_tell_unless_lost, sys.excepthook)
     signal.set_wakeup_fd(-1)  # a pipe of the main process, which must not take what comes here for its own
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
