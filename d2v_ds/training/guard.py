@@ -12,7 +12,7 @@ import torch.distributed as dist
 from d2v_ds.data import MicroBatch, StepLoader
 from d2v_ds.engine import checkpoint as checkpoints
 from d2v_ds.recipe import Health
-from d2v_ds.training.log import Log, append
+from d2v_ds.training.log import Log, append, warn
 from d2v_ds.training.verdict import Finding, Verdict, Watch
 
 if TYPE_CHECKING:
@@ -154,4 +154,7 @@ def steps_of(run: Run) -> Iterator[list[MicroBatch]]:
 def note(run: Run, **row: object) -> None:
     """A line of verdicts.jsonl, which, unlike other files, keeps what a rollback takes back."""
     if run.rank == 0:
-        append(run.folder / "verdicts.jsonl", {"step": run.step, **row})
+        try:
+            append(run.folder / "verdicts.jsonl", {"step": run.step, **row})
+        except OSError as error:  # a full disk
+            warn("verdicts.jsonl", error)

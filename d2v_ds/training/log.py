@@ -52,6 +52,18 @@ class Log:
         with contextlib.suppress(BrokenPipeError):  # a launcher that is gone does not read
             print(line, flush=True)
 
+    def probe(self, file: str, row: dict[str, Any], numbers: dict[str, float]) -> None:
+        """A row of a probe, which has a `step`, and its numbers by the tag of their curve."""
+        try:
+            append(self.folder / file, row)
+            self.writer = self.writer or self.open_writer(row["step"] - 1)
+            for tag, value in numbers.items():
+                self.writer.add_scalar(tag, value, row["step"])
+            self.writer.flush()
+        except OSError as error:
+            self.writer = None
+            warn(f"the probe of step {row['step']}", error)
+
     def line(self, step: int, metrics: dict[str, float], health: dict[str, float], rate: float) -> str:
         seconds = (time.perf_counter() - self.started) / max(1, step - self.first_step)
         left = timedelta(seconds=round(seconds * (self.total - step)))

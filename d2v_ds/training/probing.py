@@ -34,7 +34,7 @@ from d2v_ds.tasks.knn import knn
 from d2v_ds.tasks.probe import layer_means, random_twin, read_labels, ridge
 from d2v_ds.tasks.spectrum import alpha_req, lidar, rankme
 from d2v_ds.training.agreement import together
-from d2v_ds.training.log import append, read_rows
+from d2v_ds.training.log import read_rows, warn
 
 if TYPE_CHECKING:
     from d2v_ds.training.run import Run
@@ -90,8 +90,10 @@ class Probes:
             teacher = student | {name.removeprefix(TEACHER): t for name, t in followed.items()}
             self.measure_weights(run, "teacher", teacher)
         if run.log:
-            plot(run.folder)
-            run.log.writer.flush()
+            try:
+                plot(run.folder)
+            except OSError as error:  # a full disk
+                warn("probes.png", error)
 
     def add_baselines(self, run: Run) -> None:
         known = [{row["modality"] for row in read_rows(run.folder / FILE) if row["step"] == 0}]
@@ -147,12 +149,10 @@ class Probes:
         )
 
     def write(self, run: Run, row: Row) -> None:
-        append(run.folder / FILE, row)
         numbers = {k: v for k, v in row.items() if k in ("ridge", "rankme", "alpha_req", "lidar")}
         numbers |= {f"knn_{k}": v for k, v in row["knn"].items()}
-        for key, value in numbers.items():
-            tag = f"probe/{row['modality']}/{row['weights']}/{row['features']}/{key}".replace(" ", "_")
-            run.log.writer.add_scalar(tag, value, row["step"])
+        curve = f"probe/{row['modality']}/{row['weights']}/{row['features']}".replace(" ", "_")
+        run.log.probe(FILE, row, {f"{curve}/{key}": value for key, value in numbers.items()})
 
 
 # ---- what is probed ------------------------------------------------------------------------------------------
