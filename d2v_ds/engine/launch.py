@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -94,7 +96,7 @@ def start_distributed(world: int, timeout_minutes: float = 30, folder: Path | No
         share_cores(world)
         keep_memory()
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not torch.distributed.is_initialized():
+    if not dist.is_initialized():
         atexit.register(leave)
     deepspeed.init_distributed(
         get_accelerator().communication_backend_name(),
@@ -106,6 +108,15 @@ def start_distributed(world: int, timeout_minutes: float = 30, folder: Path | No
     return torch.device(get_accelerator().device_name(local_rank))
 
 
+@functools.cache
+def host_group() -> dist.ProcessGroup | None:
+    """For what ranks tell each other before a step: hosts alone, which do not wait for GPUs still at the step before.
+
+    None where the default group is one already (gloo). All ranks call it first at the same place.
+    """
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
 def record_collectives(folder: Path) -> None:
     """NCCL's flight recorder, before the process group starts; what is set already stays."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -115,8 +126,8 @@ def record_collectives(folder: Path) -> None:
 
 def leave() -> None:
     """At the end of the process, not of a run: DeepSpeed remembers the group, and another run may follow."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def end_process(code: int) -> NoReturn:

@@ -13,6 +13,7 @@ from torch import Tensor
 from d2v_ds.config import dotted_keys
 from d2v_ds.data import MicroBatch
 from d2v_ds.data.remote import Remote
+from d2v_ds.engine.launch import host_group
 from d2v_ds.model.batch import Batch
 from d2v_ds.recipe import Recipe
 
@@ -76,16 +77,16 @@ def meet(run: Run, micro_batches: list[MicroBatch]) -> dict[str, Tensor] | None:
     facts = {"step": run.step, "modalities": [micro.modality for micro in micro_batches], **run.identity}
     mark = int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:2], "big")
     row = [*(counts[name] for name in names), float(not micro_batches), mark, mark**2]
-    total = torch.tensor(row, dtype=torch.float64).to(run.device, non_blocking=True)
+    total = torch.tensor(row, dtype=torch.float64)
     run.clock.arrived()
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=host_group())
     run.clock.met()
     asked, marks, squares = (int(value) for value in total[-3:].tolist())
     if asked:
         return None
     if run.world * squares != marks**2:
         agree(facts)
-    return dict(zip(names, total, strict=False))
+    return dict(zip(names, total.to(run.device), strict=False))
 
 
 def num_targets(batch: Batch, fairseq_compat: bool) -> int:
