@@ -109,12 +109,12 @@ def start_distributed(world: int, timeout_minutes: float = 30, folder: Path | No
 
 
 @functools.cache
-def host_group() -> dist.ProcessGroup | None:
-    """For what ranks tell each other before a step: hosts alone, which do not wait for GPUs still at the step before.
+def control_group() -> dist.ProcessGroup:
+    """For a few bytes between hosts, apart from what their devices send each other: nobody waits for a device.
 
-    None where the default group is one already (gloo). All ranks call it first at the same place.
+    All ranks call it first at the same place.
     """
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo")
 
 
 def record_collectives(folder: Path) -> None:

@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -43,6 +42,7 @@ from d2v_ds.engine.checkpoint import (
     write_rank,
 )
 from d2v_ds.engine.ema import TeacherEMA
+from d2v_ds.engine.launch import control_group
 from d2v_ds.engine.partition import is_replicated
 
 Mode = Literal["async", "sync"]
@@ -302,12 +302,6 @@ def tell(stream: TextIO, text: str) -> None:
 
 def folder_name(step: int) -> str:
     return f"step_{step:08d}"
-
-
-@cache
-def control_group() -> Any:
-    """For a few bytes between CPUs, apart from what the devices send each other."""
-    return dist.new_group(backend="gloo")
 
 
 def prune(run: Path, keep: int, keep_every: int, spared: Path | None = None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from d2v_ds.config import dotted_keys
 from d2v_ds.data import MicroBatch
 from d2v_ds.data.remote import Remote
-from d2v_ds.engine.launch import host_group
+from d2v_ds.engine.launch import control_group
 from d2v_ds.model.batch import Batch
 from d2v_ds.recipe import Recipe
 
@@ -79,7 +79,7 @@ def meet(run: Run, micro_batches: list[MicroBatch]) -> dict[str, Tensor] | None:
     row = [*(counts[name] for name in names), float(not micro_batches), mark, mark**2]
     total = torch.tensor(row, dtype=torch.float64)
     run.clock.arrived()
-    dist.all_reduce(total, group=host_group())
+    dist.all_reduce(total, group=control_group())
     run.clock.met()
     asked, marks, squares = (int(value) for value in total[-3:].tolist())
     if asked:
