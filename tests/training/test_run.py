@@ -378,6 +378,7 @@ def test_tensorboard_holds_every_metric(run):
     rows = read_rows(run)[0] | read_rows(run, "health.jsonl")[0]
     expected = {key for key, value in rows.items() if not isinstance(value, str)} - {"step"}
     assert "image/content" in expected
+    expected = {key for key in expected if not key.endswith("/verdict")}  # a word
     assert expected <= set(events.Tags()["scalars"])
     assert [e.step for e in events.Scalars("image/loss")] == list(range(1, STEPS + 1))
 
