@@ -137,6 +137,26 @@ def build_parser() -> argparse.ArgumentParser:
         help="smallest ridge penalty to choose from (default: 0.1; 1e-6 reads what 16-bit features lose)",
     )
     probe.set_defaults(run=run_probe)
+
+    evaluation = commands.add_parser("eval", help="how good a fine-tuned model is on labelled shards")
+    evaluation.add_argument(
+        "kind", choices=("classify", "ctc"), help="accuracy; or word and character error rate"
+    )
+    evaluation.add_argument("model", help="fine-tuned: export, fairseq file or Hugging Face folder")
+    evaluation.add_argument("data", help="labelled shards: a folder or a pattern")
+    evaluation.add_argument("--out", type=Path, default=None, help="a JSON file with the numbers")
+    evaluation.add_argument("--modality", default=None, help="which, if the model has several")
+    evaluation.add_argument(
+        "--label", default=None, help="member or json key (default: cls;json.label, of ctc txt;json.text)"
+    )
+    evaluation.add_argument("--batch", type=int, default=32, help="items at once (default: 32)")
+    evaluation.add_argument(
+        "--device", default=None, help="cpu, cuda, cuda:1 (default: a GPU if there is one)"
+    )
+    evaluation.add_argument(
+        "--workers", type=int, default=None, help="threads that decode (default: cores, at most 8)"
+    )
+    evaluation.set_defaults(run=run_eval)
     return parser
 
 
@@ -266,6 +286,14 @@ def run_probe(arguments: argparse.Namespace) -> int:
         lowest_penalty=arguments.lowest_penalty,
     )
     print(format_rows(rows))
+    return 0
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    from d2v_ds.tasks.evaluate import evaluate, format_result
+
+    options = {k: v for k, v in vars(arguments).items() if k not in ("run", "kind", "model", "data")}
+    print(format_result(evaluate(arguments.kind, arguments.model, arguments.data, **options)))
     return 0
 
 

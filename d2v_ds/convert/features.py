@@ -127,7 +127,10 @@ class Encoder(nn.Module):
     def predict(self, x: Any, rate: int | None = None) -> list[Any]:
         """For each input the most likely class, or what CTC's best path says: labels where they are known, else
         their numbers. A head with one output gives its number."""
-        logits = self.logits(x, rate).float()
+        return self.decide(self.logits(x, rate).float())
+
+    def decide(self, logits: Tensor) -> list[Any]:
+        """What `predict` gives, of logits."""
         labels = self.head_config.labels or range(self.head_config.outputs)
         if self.head_config.kind == "ctc":
             paths = [spell(row.tolist()) for row in logits.argmax(dim=-1)]

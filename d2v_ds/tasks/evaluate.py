@@ -1,0 +1,199 @@
+"""How good a fine-tuned model is on labelled data: accuracy of its classes, or word and character error rate of CTC."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_ds.convert.features import Encoder
+from d2v_ds.convert.load import load
+from d2v_ds.tasks.embed import best_device
+from d2v_ds.tasks.groups import Ready, make_groups, prepare
+from d2v_ds.tasks.items import Items, open_items
+from d2v_ds.tasks.table import Bad, write_whole
+
+LABELS = {"classify": "cls;json.label", "ctc": "txt;json.text"}
+"""Member or json key with the label of each kind, unless said otherwise."""
+HEADS = {"classify": ("image_classification", "sentence_classification"), "ctc": ("ctc",)}
+
+
+def evaluate(
+    kind: str,
+    model: str | Path,
+    data: str | Path,
+    out: str | Path | None = None,
+    modality: str | None = None,
+    label: str | None = None,
+    batch: int = 32,
+    device: str | None = None,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Metrics of a model with a head on labelled shards, written to `out` as JSON too, if it is named.
+
+    `classify`: accuracy, and top5_accuracy of heads with more than five outputs. `ctc`: wer and cer of the best
+    path, over all words and characters (jiwer). Samples that cannot be decoded are counted as `unreadable`, with
+    their names, and take no part.
+
+    Raises ValueError, before the model runs, if the model has no head or one of the other kind, or for a sample
+    without a label, a class that the head does not have, or a transcript with symbols that it cannot write.
+    """
+    if kind not in LABELS:
+        raise ValueError(f"kind '{kind}' is not known; it must be one of {', '.join(LABELS)}")
+    if batch < 1:
+        raise ValueError(f"--batch {batch} must be 1 or more")
+    encoder = load(model, modality, device=device or best_device())
+    check_head(encoder, kind)
+    if kind == "ctc":
+        import_jiwer()
+    label = label or LABELS[kind]
+    items = open_items(data, encoder.modality, encoder.samples, label)
+    read = read_classes if kind == "classify" else read_transcripts
+    truths = read(items, encoder, label)
+    score = score_classes if kind == "classify" else score_transcripts
+    unreadable: list[Bad] = []
+    said: list[tuple[Any, Any]] = []
+    for group in make_groups(prepare(encoder, items, 0, workers), encoder, batch):
+        ready = sorted(group.ready, key=lambda item: len(item.row))  # alike lengths: little padding
+        unreadable += group.bad
+        for first in range(0, len(ready), batch):
+            chosen = ready[first : first + batch]
+            logits = head_logits(encoder, chosen)
+            said += [(row, truths[item.number]) for row, item in zip(logits, chosen, strict=True)]
+    if not said:
+        raise ValueError(
+            f"none of {items.words} in {data} could be decoded; the first: {unreadable[0].reason}"
+        )
+    result = {
+        "task": kind,
+        "model": str(model),
+        "data": str(data),
+        "samples": len(said),
+        **score(encoder, said),
+        "unreadable": [bad._asdict() for bad in unreadable],
+    }
+    if out is not None:
+        write_whole(Path(out), json.dumps(result, indent=1).encode())
+    return result
+
+
+def check_head(encoder: Encoder, kind: str) -> None:
+    """Raises ValueError for a model that does not give what the kind needs."""
+    if encoder.head_config is None:
+        raise ValueError(
+            f"{encoder.origin} has no fine-tuned head, which {kind} needs; give a fine-tuned model, or use `d2v probe`"
+        )
+    if encoder.head_config.kind not in HEADS[kind]:
+        other = next(name for name, heads in HEADS.items() if encoder.head_config.kind in heads)
+        raise ValueError(
+            f"{encoder.origin} has a head of kind {encoder.head_config.kind}, {kind} needs "
+            f"{' or '.join(HEADS[kind])}; use `d2v eval {other}`"
+        )
+    if kind == "classify" and encoder.head_config.outputs == 1:
+        raise ValueError(f"{encoder.origin} has one output, a regression; classify needs two classes or more")
+    if kind == "ctc" and encoder.head_config.labels is None:
+        raise ValueError(
+            f"the letters of {encoder.origin} are not known, so its transcripts cannot be written; "
+            "import it again with its dictionary beside it"
+        )
+
+
+@torch.no_grad()
+def head_logits(encoder: Encoder, chosen: list[Ready]) -> Tensor:
+    """(B, C) of classes, (B, T, C) of CTC, fp32 on the CPU."""
+    hidden = encoder.run([item.row for item in chosen])
+    return encoder.head.eval()(hidden.x, hidden.mask).float().cpu()
+
+
+# ---- what is true ----------------------------------------------------------------------------------------------
+
+
+def read_labels(items: Items, label: str) -> list[str]:
+    """Of all samples; ValueError if one has none."""
+    found = []
+    for i in range(len(items)):
+        text = items.read(i)[1] if items.has_labels else ""
+        if not text:
+            raise ValueError(
+                f"{items.name(i).full} has no label: '{label}' is not in it; name its member or json key with --label"
+            )
+        found.append(text)
+    return found
+
+
+def read_classes(items: Items, encoder: Encoder, label: str) -> list[int]:
+    """Numbers of the head's outputs; labels may be those, or the names of the classes."""
+    names = encoder.head_config.labels or ()
+    numbers, outputs = {name: i for i, name in enumerate(names)}, encoder.head_config.outputs
+    classes = []
+    for i, text in enumerate(read_labels(items, label)):
+        number = numbers.get(text, int(text) if text.isascii() and text.isdigit() else -1)
+        if not 0 <= number < outputs:
+            known = (
+                f", and their names {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+                if names
+                else ""
+            )
+            raise ValueError(
+                f"label {text!r} of {items.name(i).full} is no class of the model, whose classes are 0 to "
+                f"{outputs - 1}{known}; name another member or key than '{label}' with --label, or give its own data"
+            )
+        classes.append(number)
+    return classes
+
+
+def read_transcripts(items: Items, encoder: Encoder, label: str) -> list[str]:
+    """Texts in the letters of the head: as they are, or in capitals where the head has only those."""
+    letters = {symbol for symbol in encoder.head_config.labels if len(symbol) == 1}
+    is_upper = not any(symbol.islower() for symbol in letters)
+    texts = []
+    for i, text in enumerate(read_labels(items, label)):
+        text = " ".join((text.upper() if is_upper else text).split())
+        unknown = sorted(set(text) - letters - {" "})
+        if unknown:
+            raise ValueError(
+                f"the transcript of {items.name(i).full} has {', '.join(map(repr, unknown[:8]))}, which the model "
+                f"cannot write; it knows {''.join(sorted(letters))}; normalise the transcripts"
+            )
+        texts.append(text)
+    return texts
+
+
+# ---- how much of it the model says -----------------------------------------------------------------------------
+
+
+def score_classes(encoder: Encoder, said: list[tuple[Tensor, int]]) -> dict[str, float]:
+    logits_BC, truth_B = torch.stack([row for row, _ in said]), torch.tensor([truth for _, truth in said])
+    found = {"accuracy": (logits_BC.argmax(dim=1) == truth_B).double().mean().item()}
+    if logits_BC.shape[1] > 5:
+        best = logits_BC.topk(5, dim=1).indices
+        found["top5_accuracy"] = (best == truth_B[:, None]).any(dim=1).double().mean().item()
+    return found
+
+
+def score_transcripts(encoder: Encoder, said: list[tuple[Tensor, str]]) -> dict[str, float]:
+    jiwer = import_jiwer()
+    texts = [encoder.decide(row[None])[0] for row, _ in said]
+    truths = [truth for _, truth in said]
+    return {"wer": jiwer.wer(truths, texts), "cer": jiwer.cer(truths, texts)}
+
+
+def import_jiwer() -> ModuleType:
+    try:
+        import jiwer
+    except ImportError as error:
+        raise ValueError("word error rates need jiwer: pip install 'jiwer>=3,<5'") from error
+    return jiwer
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """A table of two columns."""
+    rows = [
+        (key, value) for key, value in result.items() if key not in ("unreadable", "model", "data", "task")
+    ]
+    rows.append(("unreadable", len(result["unreadable"])))
+    return "\n".join(f"{k:14} {v:>10.4f}" if isinstance(v, float) else f"{k:14} {v:>10}" for k, v in rows)

@@ -1,0 +1,99 @@
+"""A fine-tuned model's numbers on labelled shards are those of its own predictions; bad labels are errors first."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from ranks import SAMPLE
+
+import d2v_ds
+from d2v_ds.cli import main
+from d2v_ds.convert.consolidate import write_export
+from d2v_ds.convert.stored import Stored
+from d2v_ds.data import Corpus
+from d2v_ds.modalities.build import build_model
+from d2v_ds.model.heads import HEAD, HeadConfig, build_head
+from d2v_ds.recipe import load_recipe
+from d2v_ds.tasks.evaluate import evaluate
+
+VAL = str(SAMPLE / "multimodal-val-000000.tar")
+KINDS = {"image": "image_classification", "audio": "ctc"}
+LETTERS = ("<s>", *"0123456789", "|")
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """An export of a tiny model with a head."""
+
+    def export(modality: str, outputs: int, labels: tuple[str, ...] | None = None) -> str:
+        recipe = load_recipe(f"{modality}_tiny")
+        head = HeadConfig(kind=KINDS[modality], outputs=outputs, labels=labels)
+        torch.manual_seed(0)
+        model = build_model(recipe.body, recipe.modalities)
+        tensors = {name: p.detach() + 0.1 * torch.randn(p.shape) for name, p in model.named_parameters()}
+        parameters = build_head(head, recipe.body.dim).named_parameters()
+        tensors |= {HEAD + name: p.detach() + 0.1 * torch.randn(p.shape) for name, p in parameters}
+        stored = Stored(
+            recipe, tensors, "run, step_00000001", files=SAMPLE, head=head, step=1, weights="both"
+        )
+        folder = tmp_path_factory.mktemp("tuned")
+        write_export(stored, folder)
+        return str(folder)
+
+    return export
+
+
+@pytest.fixture(scope="module")
+def val() -> Corpus:
+    from pathlib import Path
+
+    fields = {"image": "png", "audio": "ogg", "digit": "json.digit"}
+    return Corpus.open([Path(VAL)], fields, progress=None)
+
+
+def test_accuracy_is_that_of_the_models_own_predictions(make, val, tmp_path, capsys):
+    folder = make("image", 10)
+    encoder = d2v_ds.load(folder)
+    samples = [val.read(i) for i in range(len(val))]
+    logits = encoder.logits([sample["image"] for sample in samples])
+    truth = torch.tensor([int(sample["digit"]) for sample in samples])
+    accuracy = (logits.argmax(1) == truth).double().mean().item()
+    top5 = (logits.topk(5).indices == truth[:, None]).any(1).double().mean().item()
+    out = tmp_path / "eval.json"
+    command = ["eval", "classify", folder, VAL, "--label", "json.digit", "--batch", "7", "--out", str(out)]
+    assert main(command) == 0
+    found = json.loads(out.read_text())
+    assert found["accuracy"] == pytest.approx(accuracy) and found["top5_accuracy"] == pytest.approx(top5)
+    assert found["samples"] == len(val) and found["unreadable"] == []
+    assert f"{accuracy:.4f}" in capsys.readouterr().out
+
+
+def test_error_rates_are_the_edits_to_the_models_own_transcripts(make, val):
+    import torchaudio
+
+    folder = make("audio", len(LETTERS), LETTERS)
+    encoder = d2v_ds.load(folder)
+    samples = [val.read(i) for i in range(len(val))]
+    texts = encoder.predict([sample["audio"] for sample in samples])
+    truths = [sample["digit"].decode() for sample in samples]
+    edits = sum(map(torchaudio.functional.edit_distance, truths, texts))
+    word_edits = sum(
+        torchaudio.functional.edit_distance(a.split(), b.split()) for a, b in zip(truths, texts, strict=True)
+    )
+    found = evaluate("ctc", folder, VAL, label="json.digit", batch=5)
+    assert found["cer"] == pytest.approx(edits / sum(map(len, truths)))
+    assert found["wer"] == pytest.approx(word_edits / len(truths))
+
+
+def test_what_cannot_be_evaluated_is_an_error_that_says_why(make):
+    image, speech = make("image", 5), make("audio", 4, ("<s>", "A", "B", "|"))
+    with pytest.raises(ValueError, match="is no class of the model, whose classes are 0 to 4"):
+        evaluate("classify", image, VAL, label="json.digit")
+    with pytest.raises(ValueError, match="has no label: 'json.nothing' is not in it"):
+        evaluate("classify", image, VAL, label="json.nothing")
+    with pytest.raises(ValueError, match="use `d2v eval classify`"):
+        evaluate("ctc", image, VAL)
+    with pytest.raises(ValueError, match="which the model cannot write; it knows AB"):
+        evaluate("ctc", speech, VAL, label="json.digit")
