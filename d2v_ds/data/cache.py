@@ -126,10 +126,16 @@ def open_locked(path: Path) -> BinaryIO | None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with it."""
+    """One process at a time; the lock goes with it.
+
+    NOTE: given back by name, since a process that was forked meanwhile has the file open too, and would keep it.
+    """
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def fetch_beside(shard: RemoteShard, name: str, limit: int = 1 << 30) -> bytes | None:

@@ -1,5 +1,6 @@
 """Shards that lie elsewhere give the same batches, whatever the server does, on bounded disk."""
 
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -376,6 +377,18 @@ def test_processes_that_want_a_shard_at_once_fetch_it_once(site, tmp_path):
         for process in processes:
             process.join()
     assert [process.exitcode for process in processes] == [0] * 4 and len(site.asked) == 1
+
+
+def test_a_process_forked_inside_a_lock_does_not_keep_it(tmp_path):
+    """Its copy of the open file would."""
+    path = tmp_path / "lock"
+    with locked(path):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError while somebody has it
+    child.kill()
+    child.join()
 
 
 def test_what_a_killed_process_leaves_is_taken_over(site, tmp_path):
