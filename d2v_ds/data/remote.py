@@ -231,6 +231,11 @@ async def receive(client: Any, url: str, start: int, end: int, arrived: bytearra
     del arrived[end - start :]
 
 
+_clients: dict[int, Any] = {}
+"""Kept for good: a forked process that let go of its parent's would close their connections, and take these from the
+epoll that it shares with the parent, who would then hear nothing of them until a timeout."""
+
+
 def connect(url: str) -> tuple[Any, str]:
     """(fsspec's client, the path in it); a client belongs to the process that made it."""
     import fsspec
@@ -246,6 +251,7 @@ def connect(url: str) -> tuple[Any, str]:
     elif scheme == "s3":
         options["config_kwargs"] = {"connect_timeout": CONNECT_SECONDS, "read_timeout": SILENT_SECONDS}
     client = fsspec.filesystem(scheme, **options)
+    _clients[id(client)] = client
     return client, client._strip_protocol(url)
 
 
