@@ -398,7 +398,7 @@ def build_run(
     device: torch.device,
     rank: int,
     world: int,
-    probes: Probes,
+    probes: Probes | None = None,
 ) -> Run:
     torch.manual_seed(recipe.seed)  # equal on all ranks: so are the fresh weights
     model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat)
@@ -447,7 +447,7 @@ def build_run(
         recipe, engine, ema, plan, sources, device, rank, world,
         step, applied, first_step, updates_before, log, faults,
         listen(), watchdog, Clock(watchdog, device), identity, step, Watch(recipe.health.patience), saver,
-        probes,
+        probes or Probes(recipe, {}),
     )  # fmt: skip
     if saved:
         run.lr_scale, run.rollbacks = saved.loop.get("lr_scale", 1.0), saved.loop.get("rollbacks", [])
