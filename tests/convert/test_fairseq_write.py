@@ -321,15 +321,17 @@ def test_an_export_that_gives_other_outputs_is_not_kept(
     out = tmp_path / "out"
     export(path, out, format=format)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    target = (consolidate, "save_file") if format == "safetensors" else (torch, "save")
-    write = getattr(*target)
+    name, write_weights, save = "blocks.1.mlp.fc1.bias", consolidate.write_weights, torch.save
 
-    def write_wrongly(content: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        name, state = "blocks.1.mlp.fc1.bias", content.get("model", content)
-        moved = state | {name: state[name] + 1e-3}
-        return write(moved if state is content else content | {"model": moved}, *args, **kwargs)
+    def write_wrongly(folder: Path, shapes: Any, read: Any, dtype: torch.dtype) -> None:
+        write_weights(folder, shapes, lambda n: read(n) + 1e-3 * (n == name), dtype)
 
-    monkeypatch.setattr(*target, write_wrongly)
+    def save_wrongly(content: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        state = content["model"]
+        save(content | {"model": state | {name: state[name] + 1e-3}}, *args, **kwargs)
+
+    monkeypatch.setattr(consolidate, "write_weights", write_wrongly)
+    monkeypatch.setattr(torch, "save", save_wrongly)
     with pytest.raises(RuntimeError, match="what was written gives"):
         export(path, out, format=format)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before

@@ -32,6 +32,7 @@ from d2v_ds.training.signals import launchers
 HEARS = """
 import os, signal, sys, time
 from d2v_ds.training.signals import listen
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests without it
 signals = listen()
 signals.phase = "running"
 """
