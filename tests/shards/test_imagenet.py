@@ -183,6 +183,7 @@ def test_a_damaged_parquet_file_is_refused(tmp_path):
     assert status == 2 and "damaged or no parquet file" in said, said
 
 
+@pytest.mark.slow
 def test_killed_while_it_unpacks_parquet_and_packs_the_same_command_goes_on(tmp_path):
     """kill -9 when the first unpacked rows are there, and again when the first shard is."""
     write_tables(tmp_path / "src")

@@ -91,6 +91,7 @@ def test_a_truncated_inner_archive_is_refused(tmp_path):
     assert status == 2 and "urlsf_subset00-1_data.xz is damaged or truncated" in said
 
 
+@pytest.mark.slow
 def test_killed_at_several_moments_the_same_command_writes_the_same_bytes(tmp_path):
     """While it downloads, unpacks, lists and packs."""
     manners = Manners({ARCHIVE: ARCHIVE_BYTES})

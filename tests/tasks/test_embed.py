@@ -276,6 +276,7 @@ def run_embed(export: Path, out: Path, kill_after_parts: int | None = None) -> i
     return process.wait(timeout=120)
 
 
+@pytest.mark.slow
 def test_killed_it_writes_the_file_of_a_run_that_was_not(export, tmp_path):
     """To the byte."""
     assert run_embed(export, tmp_path / "whole.parquet") == 0
