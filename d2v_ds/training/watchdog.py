@@ -37,8 +37,10 @@ class Watchdog:
         self._awake = self._began = 0.0
         self._limit = patience
         self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._barked = False
         if factor:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._thread.start()
 
     def begin(self, step: int) -> None:
         """A step begins, with the wait for its data."""
@@ -56,7 +58,11 @@ class Watchdog:
         self.what, self._limit, self._began = what, self.patience, self._awake
 
     def close(self) -> None:
+        """No more of it. Does not return once it has found a hang: the loss of the other ranks, which end by it too, is
+        not what ended this one."""
         self._end.set()
+        if self._barked:
+            self._thread.join()
 
     def _watch(self) -> None:
         last = time.monotonic()
@@ -68,6 +74,7 @@ class Watchdog:
                 self._bark()
 
     def _bark(self) -> None:
+        self._barked = True
         seconds, what = self._awake - self._began, self.what
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"stacks_rank_{self.rank:05d}.txt"

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -377,6 +378,19 @@ def test_processes_that_want_a_shard_at_once_fetch_it_once(site, tmp_path):
         for process in processes:
             process.join()
     assert [process.exitcode for process in processes] == [0] * 4 and len(site.asked) == 1
+
+
+def test_a_file_is_locked_before_others_can_take_it_for_abandoned(site, tmp_path):
+    """Who counts the cache holds its lock, and removes what no process has locked."""
+    with serve(site) as url:
+        shard = RemoteShard(f"{url}/train-000000.tar", settings_of(tmp_path))
+        shard.make_folder()
+        with ThreadPoolExecutor(1) as pool:
+            with locked(shard.root / "lock"):
+                fetched = pool.submit(acquire, shard)
+                time.sleep(0.3)
+                assert not list(shard.root.rglob("*.part"))
+            fetched.result(timeout=30).close()
 
 
 def test_a_process_forked_inside_a_lock_does_not_keep_it(tmp_path):

@@ -71,6 +71,23 @@ step_that_hangs()
     assert "step_that_hangs" in (tmp_path / "hang" / "stacks_rank_00000.txt").read_text()
 
 
+def test_a_hang_is_not_called_the_loss_of_the_rank_that_it_ended_first(tmp_path: Path) -> None:
+    """The main thread comes free, and would end with a code of its own, while the watchdog lets the others write."""
+    code = f"""
+import time
+from pathlib import Path
+from d2v_ds.training import watchdog
+watchdog.OTHERS_WRITE_SECONDS = 1.0
+dog = watchdog.Watchdog(Path({str(tmp_path)!r}), 0, factor=3, seconds=0.5, patience=0.5)
+dog.begin(0)
+while not list(Path({str(tmp_path)!r}).rglob("stacks*")): time.sleep(0.01)
+dog.close()
+raise SystemExit({LOST})
+"""
+    done = subprocess.run(python("-c", code), env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == HUNG, done.stderr
+
+
 @pytest.mark.slow
 def test_a_rank_that_sleeps_is_named_and_then_ends_the_run(forge, tmp_path) -> None:
     """It is late by 0.4 s at first, and then for ever: both ranks write their stacks and end."""
