@@ -18,7 +18,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -154,6 +154,10 @@ class MicroBatch:
     batch: Any
     faults: list[Fault] = field(default_factory=list)
 
+    def pin_memory(self) -> "MicroBatch":
+        """What a DataLoader calls, in a thread, where there is a GPU."""
+        return replace(self, batch=self.batch.pin_memory())
+
 
 class StepLoader:
     """For each step in [first_step, last_step) the list of this rank's micro-batches, in the plan's order.
@@ -223,6 +227,7 @@ class StepLoader:
             prefetch_factor=(
                 math.ceil(self.prefetch_steps * self.items_per_step / workers) if workers else None
             ),
+            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else each iteration draws from the global one
         )
         started = iter(loader)

@@ -39,24 +39,20 @@ class Batch:
     def clones(self) -> int:
         return self.mask_NT.shape[0] // self.source.shape[0]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Those it holds, by field."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """The same batch on `device`; floating-point sources take `dtype`."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
+        moved = {name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
         if moved["source"].is_floating_point():
             moved["source"] = moved["source"].to(dtype)
         return replace(self, **moved)
 
     def pin_memory(self) -> Batch:
-        pinned = {
-            f.name: getattr(self, f.name).pin_memory()
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return replace(self, **pinned)
+        return replace(self, **{name: value.pin_memory() for name, value in self.tensors().items()})
 
 
 def make_masked(mask_NT: Tensor) -> dict[str, Tensor | None]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from d2v_ds.data import MicroBatch, StepLoader
 from d2v_ds.engine import checkpoint as checkpoints
+from d2v_ds.engine.upload import uploaded
 from d2v_ds.recipe import Health
 from d2v_ds.training.log import Log, append, warn
 from d2v_ds.training.verdict import Finding, Verdict, Watch
@@ -145,7 +146,7 @@ def steps_of(run: Run) -> Iterator[list[MicroBatch]]:
     loader = None
     while loader is not run.loader:
         loader = run.loader
-        for micro_batches in loader:
+        for micro_batches in uploaded(loader, run.device, next(run.engine.module.parameters()).dtype):
             yield micro_batches
             if loader is not run.loader:
                 break
