@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -138,26 +139,74 @@ def build_parser() -> argparse.ArgumentParser:
     )
     probe.set_defaults(run=run_probe)
 
-    evaluation = commands.add_parser("eval", help="how good a fine-tuned model is on labelled shards")
-    evaluation.add_argument(
-        "kind", choices=("classify", "ctc"), help="accuracy; or word and character error rate"
+    evaluation = commands.add_parser(
+        "eval", help="how good features or a fine-tuned model are on labelled shards"
     )
-    evaluation.add_argument("model", help="fine-tuned: export, fairseq file or Hugging Face folder")
-    evaluation.add_argument("data", help="labelled shards: a folder or a pattern")
-    evaluation.add_argument("--out", type=Path, default=None, help="a JSON file with the numbers")
-    evaluation.add_argument("--modality", default=None, help="which, if the model has several")
-    evaluation.add_argument(
-        "--label", default=None, help="member or json key (default: cls;json.label, of ctc txt;json.text)"
+    kinds = evaluation.add_subparsers(required=True, metavar="KIND")
+    for kind, words in FROZEN.items():
+        add_frozen(kinds.add_parser(kind, help=words, description=words, allow_abbrev=False), kind)
+    for kind, words in TUNED.items():
+        add_tuned(kinds.add_parser(kind, help=words, description=words, allow_abbrev=False), kind)
+    return parser
+
+
+FROZEN = {
+    "knn": "k nearest neighbours (10, 20, 100, 200; T = 0.07) on frozen features",
+    "ridge": "closed-form ridge on frozen features, as during training",
+    "linear": "a linear layer trained on frozen features",
+    "attentive": "attention pooling and a linear layer trained on frozen tokens",
+}
+TUNED = {"classify": "accuracy of a fine-tuned model", "ctc": "its word and character error rate"}
+
+
+def add_evaluation(parser: argparse.ArgumentParser, kind: str) -> None:
+    """What every `d2v eval` takes."""
+    parser.add_argument("--out", type=Path, default=None, help="a JSON file with the numbers")
+    parser.add_argument("--modality", default=None, help="which, if the model has several")
+    parser.add_argument("--batch", type=int, default=32, help="items at once (default: 32)")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    parser.set_defaults(kind=kind)
+
+
+def add_frozen(parser: argparse.ArgumentParser, kind: str) -> None:
+    parser.add_argument("model", help="run folder, export, fairseq file or Hugging Face folder")
+    parser.add_argument("data", help="a folder of labelled shards, or a pattern of those to fit on")
+    parser.add_argument("--train", default=None, help="shards to fit on (default: *train*.tar in the folder)")
+    parser.add_argument(
+        "--test", default=None, help="shards to test on (default: *val*.tar, *dev*.tar or *test*.tar)"
     )
-    evaluation.add_argument("--batch", type=int, default=32, help="items at once (default: 32)")
-    evaluation.add_argument(
-        "--device", default=None, help="cpu, cuda, cuda:1 (default: a GPU if there is one)"
+    parser.add_argument(
+        "--label", default=None, help="member or json key with the class (default: cls;json.label)"
     )
-    evaluation.add_argument(
+    parser.add_argument("--weights", default=None, help="student or teacher, where the model has both")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=None,
+        help="at most so many of each part, always the same (default: all)",
+    )
+    parser.add_argument(
+        "--baselines", action="store_true", help="measure the random initialisation and the raw input too"
+    )
+    if kind in ("linear", "attentive"):
+        parser.add_argument(
+            "--epochs", type=int, default=None, help="of the readout (default: 50, and 300 steps or more)"
+        )
+        parser.add_argument("--seed", type=int, default=0, help="of the readout (default: 0)")
+    add_evaluation(parser, kind)
+    parser.set_defaults(run=run_frozen)
+
+
+def add_tuned(parser: argparse.ArgumentParser, kind: str) -> None:
+    default = {"classify": "cls;json.label", "ctc": "txt;json.text"}[kind]
+    parser.add_argument("model", help="fine-tuned: export, fairseq file or Hugging Face folder")
+    parser.add_argument("data", help="labelled shards: a folder or a pattern")
+    parser.add_argument("--label", default=None, help=f"member or json key (default: {default})")
+    parser.add_argument(
         "--workers", type=int, default=None, help="threads that decode (default: cores, at most 8)"
     )
-    evaluation.set_defaults(run=run_eval)
-    return parser
+    add_evaluation(parser, kind)
+    parser.set_defaults(run=run_eval)
 
 
 def add_shards(parser: argparse.ArgumentParser) -> None:
@@ -294,6 +343,15 @@ def run_eval(arguments: argparse.Namespace) -> int:
 
     options = {k: v for k, v in vars(arguments).items() if k not in ("run", "kind", "model", "data")}
     print(format_result(evaluate(arguments.kind, arguments.model, arguments.data, **options)))
+    return 0
+
+
+def run_frozen(arguments: argparse.Namespace) -> int:
+    from d2v_ds.tasks.frozen import evaluate_frozen, format_frozen
+
+    options = {k: v for k, v in vars(arguments).items() if k not in ("run", "kind", "model", "data")}
+    say = functools.partial(print, file=sys.stderr)
+    print(format_frozen(evaluate_frozen(arguments.kind, arguments.model, arguments.data, **options, say=say)))
     return 0
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from d2v_ds.convert.load import Encoder, load, mean_pool
-from d2v_ds.data import Corpus, expand_shards
+from d2v_ds.data import Corpus, expand_shards, permute, seed_of
 from d2v_ds.modalities.build import build_model
 
 PENALTIES = tuple(10.0**p for p in range(-8, 7))
@@ -66,6 +67,11 @@ def labelled(encoder: Encoder, shards: str, label: str) -> tuple[list[Any], Tens
     corpus = Corpus.open(expand_shards(shards), {**samples.fields, "label": label}, progress=None)
     labels = read_labels(corpus, range(len(corpus)), label)
     return [samples.decode(corpus, i) for i in range(len(corpus))], labels
+
+
+def choose(size: int, most: int) -> list[int]:
+    """At most so many of 0 ... size - 1, always the same. At random: samples at even distances may be of one class."""
+    return sorted(permute(np.arange(min(size, most)), size, seed_of(0, "probe")).tolist())
 
 
 def read_labels(corpus: Corpus, indices: Iterable[int], label: str) -> Tensor:

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from d2v_ds.convert.features import Encoder, mean_pool
 from d2v_ds.convert.load import assign
-from d2v_ds.data import Corpus, Draw, Source, expand_shards, permute, seed_of
+from d2v_ds.data import Corpus, Draw, Source, expand_shards, seed_of
 from d2v_ds.engine.gather import whole_weights
 from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.source import shard_pattern
 from d2v_ds.model.data2vec import TEACHER
 from d2v_ds.recipe import Recipe
 from d2v_ds.tasks.knn import knn
-from d2v_ds.tasks.probe import layer_means, random_twin, read_labels, ridge
+from d2v_ds.tasks.probe import choose, layer_means, random_twin, read_labels, ridge
 from d2v_ds.tasks.spectrum import alpha_req, lidar, rankme
 from d2v_ds.training.agreement import together
 from d2v_ds.training.log import read_rows, warn
@@ -209,11 +209,6 @@ def open_part(corpus: Corpus, recipe: Recipe, key: str) -> Part:
     if key == "probe.train" and len(labels.unique()) < 2:
         raise ValueError(f"{key} holds one class alone ({labels[0]}); a probe needs two or more")
     return Part(corpus, indices, labels)
-
-
-def choose(size: int, most: int) -> list[int]:
-    """At most so many of 0 ... size - 1, always the same. At random: samples at even distances may be of one class."""
-    return sorted(permute(np.arange(min(size, most)), size, seed_of(0, "probe")).tolist())
 
 
 def parts(subset: Subset) -> list[tuple[str, Part]]:

@@ -11,9 +11,9 @@ from runs import MODALITIES, Command, read_rows, start_all, without_timings, zer
 from d2v_ds.convert.load import load
 from d2v_ds.data import Corpus, expand_shards
 from d2v_ds.recipe import load_recipe
-from d2v_ds.tasks.probe import layer_means, read_labels, ridge
+from d2v_ds.tasks.frozen import evaluate_frozen
+from d2v_ds.tasks.probe import choose, layer_means, read_labels, ridge
 from d2v_ds.tasks.spectrum import rankme
-from d2v_ds.training.probing import choose
 
 PROBED = [
     "probe.every=1", "probe.train=multimodal-train-*.tar", "probe.test=multimodal-val-*.tar", "probe.samples=30",
@@ -129,3 +129,19 @@ def test_two_ranks_at_zero3_do_not_notice_and_find_the_same(folder: Path, result
     for key, row in one.items():
         if "rankme" in row:
             assert two[key]["rankme"] == pytest.approx(row["rankme"], rel=1e-3), key
+
+
+@pytest.mark.parametrize("kind", ["ridge", "knn"])
+def test_evaluating_the_saved_model_gives_the_numbers_of_the_last_probe(
+    kind: str, results: dict, folder: Path
+) -> None:
+    """`d2v eval ridge|knn RUN DATA` on the same shards and number of samples."""
+    parts = {"train": "multimodal-train-*.tar", "test": "multimodal-val-*.tar", "samples": 30}
+    found = evaluate_frozen(
+        kind, folder / "probed", SAMPLE, **parts, modality="image", weights="teacher", batch=32, device="cpu"
+    )
+    rows = [r for r in rows_of(folder / "probed") if (r["step"], r["modality"]) == (2, "image")]
+    rows = [r for r in rows if r["weights"] == "teacher"]
+    key = "accuracy" if kind == "ridge" else "knn"
+    assert [r["features"] for r in found["rows"]] == [r["features"] for r in rows]
+    assert [r[key] for r in found["rows"]] == [r[kind] for r in rows]
