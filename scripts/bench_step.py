@@ -2,6 +2,7 @@
 
     python scripts/bench_step.py --cpu            # image base (2 images, 4 views), audio base (1 x 5 s, 4 views)
     python scripts/bench_step.py                  # on a GPU: image base and large, audio base, text base, bf16
+    python scripts/bench_step.py --cpu --profile  # the ten largest costs of one step of each, as a table
 
 One process, the project's own engine and step (ZeRO-0 on a CPU, ZeRO-2 on a GPU): forward of student and teacher,
 backward, clipping, AdamW, EMA. Random input. FLOPs are counted by torch over one forward and backward pass; the
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_ds.data import Draw
@@ -37,6 +39,7 @@ from d2v_ds.model.batch import Batch
 from d2v_ds.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
+TOP = 10
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def count_flops(recipe: Recipe, batch: Batch) -> int:
     return 3 * everything.get_total_flops() - 2 * teacher.get_total_flops()
 
 
-def measure(case: Case, device: torch.device, steps: int) -> dict[str, Any]:
+def measure(case: Case, device: torch.device, steps: int, with_profile: bool) -> dict[str, Any]:
     overrides = [f"precision={'fp32' if case.dtype == torch.float32 else 'bf16'}"]
     recipe = load_recipe(case.recipe, overrides)
     ((_, config),) = recipe.modalities.items()
@@ -134,13 +137,10 @@ def measure(case: Case, device: torch.device, steps: int) -> dict[str, Any]:
     for _ in range(steps + 2):
         wait(device)
         began = time.perf_counter()
-        with one_reduction(engine):
-            out = engine(batch)
-            engine.backward(out.loss / out.sample_size)
-        apply_step(engine)
-        ema.update(0.999)
+        take_step(engine, ema, batch)
         wait(device)
         seconds.append(time.perf_counter() - began)
+    costs = profile(engine, ema, batch, device) if with_profile else []
     clean = sorted(seconds[2:])
     rate = matrix_rate(case.dtype, device, 8192 if device.type == "cuda" else 2048)
     median = statistics.median(clean)
@@ -158,7 +158,46 @@ def measure(case: Case, device: torch.device, steps: int) -> dict[str, Any]:
         "ratio": median * rate / flops,
         "aim": case.aim,
         "peak_gib": peak(device),
+        "costs": costs,
     }
+
+
+def take_step(engine: Any, ema: TeacherEMA, batch: Batch) -> None:
+    with one_reduction(engine):
+        out = engine(batch)
+        engine.backward(out.loss / out.sample_size)
+    apply_step(engine)
+    ema.update(0.999)
+
+
+def profile(engine: Any, ema: TeacherEMA, batch: Batch, device: torch.device) -> list[dict[str, Any]]:
+    """The operators that take most of one step by themselves, largest first: milliseconds, share of all, calls."""
+    is_cuda = device.type == "cuda"
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_cuda
+    with torch.profiler.profile(activities=kinds) as profiled:
+        take_step(engine, ema, batch)
+        wait(device)
+    rows = [
+        (row.self_device_time_total if is_cuda else row.self_cpu_time_total, row.key, row.count)
+        for row in profiled.key_averages()
+    ]
+    total = sum(spent for spent, _, _ in rows)
+    return [
+        {"operator": key, "ms": spent / 1e3, "share": spent / total, "calls": count}
+        for spent, key, count in sorted(rows, reverse=True)[:TOP]
+    ]
+
+
+def write_costs(rows: list[dict[str, Any]], path: Path, hardware: str) -> None:
+    lines = [f"# The ten largest costs of a step\n\n{hardware}, torch {torch.__version__}; one step each.\n"]
+    for row in rows:
+        lines += [f"\n## {row['recipe']}, {row['dtype']}, batch {row['batch']}, {row['clones']} views\n"]
+        lines += ["| operator | ms | share | calls |", "|---|---|---|---|"]
+        lines += [
+            f"| `{cost['operator'][:90]}` | {cost['ms']:.1f} | {cost['share']:.1%} | {cost['calls']} |"
+            for cost in row["costs"]
+        ]
+    path.write_text("\n".join(lines) + "\n")
 
 
 def build(recipe: Recipe, device: torch.device) -> tuple[Any, TeacherEMA]:
@@ -185,6 +224,15 @@ def build(recipe: Recipe, device: torch.device) -> tuple[Any, TeacherEMA]:
     return engine, TeacherEMA(engine)
 
 
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
 def peak(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
@@ -197,6 +245,7 @@ def main() -> None:
     )
     parser.add_argument("--cpu", action="store_true", help="the CPU's cases, even where there is a GPU")
     parser.add_argument("--steps", type=int, default=9, help="clean steps of each case, after two others")
+    parser.add_argument("--profile", action="store_true", help="write the largest costs of a step, too")
     parser.add_argument("--threads", type=int, default=2, help="on the CPU")
     parser.add_argument("--only", help="cases whose recipe and dtype contain this, e.g. image_base-float32")
     parser.add_argument(
@@ -216,7 +265,7 @@ def main() -> None:
         name = f"{case.recipe}-{str(case.dtype).removeprefix('torch.')}"
         if arguments.only and arguments.only not in name:
             continue
-        row = measure(case, device, arguments.steps)
+        row = measure(case, device, arguments.steps, arguments.profile)
         rows.append(row)
         print(
             f"{name:22} B{row['batch']} M{row['clones']:<3} {row['gflop']:8.0f} GFLOP at {row['matrix_gflops']:8.0f}/s "
@@ -227,7 +276,9 @@ def main() -> None:
         )
     out = arguments.out or ROOT / "docs" / "benchmarks" / f"step_{'cpu' if arguments.cpu else 'gpu'}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+    if arguments.profile:
+        write_costs(rows, out.with_name(f"profile_{'cpu' if arguments.cpu else 'gpu'}.md"), hardware)
     out.write_text(json.dumps({"hardware": hardware, "torch": torch.__version__, "rows": rows}, indent=1))
 
 
