@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from shards import folder, imagenet, librispeech, openwebtext
+from shards import folder, glue, imagenet, librispeech, openwebtext, table
 from shards.prepare import SHARD_MIB, prepare
 
 PREPARERS: dict[str, tuple[ModuleType, str]] = {
@@ -18,6 +18,8 @@ PREPARERS: dict[str, tuple[ModuleType, str]] = {
     ),
     "imagenet": (imagenet, "ImageNet-1k, from its tars, folders of classes or parquet files"),
     "openwebtext": (openwebtext, "8 million documents of the web (13 GB, 46 GB as shards)"),
+    "glue": (glue, "one of GLUE's eight tasks, from its TSV or parquet files"),
+    "table": (table, "your own labelled texts or pairs of texts: TSV, CSV, JSONL or parquet"),
 }
 
 

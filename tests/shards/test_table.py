@@ -1,0 +1,101 @@
+"""`d2v prepare table`: own labelled texts of four kinds of file, classes and numbers; bad labels are errors."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from glue_files import contents
+from trees import prepare, read_shards, skipped
+
+ROWS = [
+    {"text": f'a "quoted, text {i}', "text_b": f"b {i}\u0085", "label": ["yes", "no", "maybe"][i % 3]}
+    for i in range(9)
+]
+CLASSES = ["maybe", "no", "yes"]
+EXPECTED = [row | {"label": CLASSES.index(row["label"])} for row in ROWS]
+
+
+def make(table: Path, out: Path, *more: object) -> list[dict]:
+    status, said = prepare("table", table, "--out", out, "--workers", 1, *more)
+    assert status == 0, said
+    return contents(read_shards(out, "*-train-0*.tar"))
+
+
+def refuse(table: Path, *more: object) -> str:
+    status, said = prepare("table", table, "--out", table.parent / "refused", "--workers", 1, *more)
+    assert status == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    return said
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        separator = "\t" if path.suffix == ".tsv" else ","
+        quote = (lambda t: '"' + str(t).replace('"', '""') + '"') if separator == "," else str
+        lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+        path.write_text(
+            "".join(separator.join(map(quote, line)) + "\r\n" for line in lines), encoding="utf-8"
+        )
+    return path
+
+
+def test_every_kind_of_table_gives_the_same_samples(tmp_path):
+    for kind in ("tsv", "csv", "jsonl", "parquet"):
+        out = tmp_path / kind
+        found = make(write(tmp_path / f"mine.{kind}", ROWS), out)
+        assert [s | {"text_b": s["text_b"].strip()} for s in EXPECTED] == found
+        assert json.loads((out / "classes.json").read_text()) == CLASSES
+        assert [path.name for path in out.glob("*.tar")] == ["mine-train-000000.tar"]
+
+
+def test_columns_classes_and_splits_are_as_they_are_named(tmp_path):
+    rows = [{"stars": r["label"], "review": r["text"]} for r in ROWS]
+    train, dev = write(tmp_path / "t.tsv", rows), write(tmp_path / "d.jsonl", rows[:4])
+    named = ("--text-column", "review", "--label-column", "stars", "--classes", "no", "maybe", "yes")
+    found = make(train, tmp_path / "out", *named, "--val-file", dev)
+    assert found == [{"text": r["review"], "label": ["no", "maybe", "yes"].index(r["stars"])} for r in rows]
+    assert contents(read_shards(tmp_path / "out", "*-val-0*.tar")) == found[:4]
+    bare = tmp_path / "bare.tsv"
+    bare.write_text("".join(f"{i % 2}\tx\ttext {i}\n" for i in range(40)), encoding="utf-8")
+    found = make(bare, tmp_path / "bare", "--columns", "label", "other", "text", "--val", 0.3)
+    held = contents(read_shards(tmp_path / "bare", "*-val-0*.tar"))
+    assert 3 < len(held) < 25 and len(found) + len(held) == 40
+    assert {s["label"] for s in found} == {0, 1} and not (tmp_path / "bare" / "classes.json").exists()
+
+
+def test_numbers_are_kept_for_regression(tmp_path):
+    rows = [{"text": f"t{i}", "label": i / 3 - 1} for i in range(6)]
+    assert make(write(tmp_path / "n.parquet", rows), tmp_path / "n", "--regression") == rows
+    found = make(write(tmp_path / "n.tsv", rows), tmp_path / "m", "--regression")
+    assert [s["label"] for s in found] == [r["label"] for r in rows]
+    assert "is no class; --regression takes numbers" in refuse(tmp_path / "n.parquet")
+    rows[3]["label"] = "nan"
+    assert "row 4: label 'nan' is no number" in refuse(write(tmp_path / "b.tsv", rows), "--regression")
+
+
+def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
+    table = write(tmp_path / "a.tsv", ROWS)
+    said = refuse(table, "--label-column", "klass")
+    assert "has no column 'klass'; its first line says 'text', 'text_b', 'label'" in said
+    bad = [dict(row) for row in ROWS]
+    bad[4]["label"] = ""
+    assert "row 5 has no label in 'label'" in refuse(write(tmp_path / "b.tsv", bad))
+    bad[4]["label"] = None
+    assert "row 5 has no label in 'label'" in refuse(write(tmp_path / "b.jsonl", bad))
+    dev = write(tmp_path / "dev.tsv", [ROWS[0] | {"label": "perhaps"}])
+    assert "label 'perhaps' is none of the 3 classes of the train part: maybe, no, yes" in refuse(
+        table, "--val-file", dev
+    )
+    assert "has one class alone in 'label' (yes)" in refuse(write(tmp_path / "c.tsv", ROWS[:1]))
+    assert "contradict each other" in refuse(table, "--val", 0.1, "--val-file", table)
+    assert "has 3 columns, but 2 names" in refuse(table, "--columns", "text", "label")
+    assert "is not there" in refuse(tmp_path / "none.tsv")
+    (tmp_path / "x.parquet").write_bytes(b"no parquet")
+    assert "is damaged or no parquet file" in refuse(tmp_path / "x.parquet")
+    many = [{"text": "x" if i else " ", "label": i % 2} for i in range(150)]
+    make(write(tmp_path / "m.jsonl", many), tmp_path / "many")
+    assert list(skipped(tmp_path / "many").values()) == ["has no text in 'text'"]
