@@ -55,13 +55,13 @@ class Optim(Config):
     decay: Literal["matrices", "all"] = "matrices"
     """What is decayed: not biases, norms, other one-dimensional parameters and ALiBi scales, as every original
     intends; or everything, as fairseq's runs did (its exception never acts)."""
-    schedule: Literal["cosine", "tri_stage"] = "cosine"
+    schedule: Literal["cosine", "tri_stage", "linear"] = "cosine"
     """cosine: linear warm-up from `min_lr`, then half a cosine down to it at the last step. tri_stage: linear
-    warm-up, hold, exponential decay."""
+    warm-up, hold, exponential decay. linear: as cosine, but down in a line."""
     warmup_steps: NonNegativeInt = 8_000
-    """Of cosine."""
+    """Of cosine and linear."""
     min_lr: float = 0.0
-    """Of cosine."""
+    """Of cosine and linear."""
     phases: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.03, 0.9, 0.07)
     """Of tri_stage: warm-up, hold and decay, as shares of the steps."""
     phase_scales: tuple[PositiveFloat, PositiveFloat] = (0.01, 0.01)

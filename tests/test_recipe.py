@@ -313,6 +313,12 @@ def test_the_learning_rate_rises_and_falls():
     assert rates == pytest.approx([0.5, 1.25, 2.0, 1.25, 0.5, 0.5], abs=1e-12)
 
 
+def test_a_linear_schedule_falls_in_a_line_as_fast_as_it_must():
+    optim = Optim(lr=2.0, min_lr=0.5, warmup_steps=10, schedule="linear")
+    rates = [learning_rate(optim, done, 30) for done in (0, 5, 10, 15, 20, 30, 31)]
+    assert rates == pytest.approx([0.5, 1.25, 2.0, 1.625, 1.25, 0.5, 0.5], abs=1e-12)
+
+
 def test_the_learning_rate_without_warmup_begins_at_its_peak():
     assert learning_rate(Optim(lr=2.0, warmup_steps=0), 0, 10) == 2.0
 

@@ -183,7 +183,7 @@ def test_phases_are_shares_of_the_steps_whatever_their_number():
     [
         (["optim.phases=[0.1, 0.5, 0.5]"], "must add up to 1"),
         (["optim.warmup_steps=100"], "no meaning with optim.schedule=tri_stage"),
-        (["optim.schedule=linear"], "'tri_stage'"),
+        (["optim.schedule=linar"], "'tri_stage'"),
         (["optim.phases=[-0.1, 1.0, 0.1]"], "greater than or equal to 0"),
     ],
 )

@@ -42,6 +42,12 @@ def our_optim(root: dict[str, Any], optimization: dict[str, Any]) -> Optim:
             "warmup_steps": number(schedule.get("warmup_updates")),
             "min_lr": number(schedule.get("min_lr")),
         }
+    elif schedule.get("_name") == "polynomial_decay" and number(schedule.get("power")) in (None, 1):
+        settings |= {
+            "schedule": "linear",
+            "warmup_steps": number(schedule.get("warmup_updates")),
+            "min_lr": number(schedule.get("end_learning_rate")),
+        }
     try:
         return Optim(**{key: value for key, value in settings.items() if value is not None})
     except ValidationError:  # how a model was trained is no part of it
@@ -101,6 +107,14 @@ def their_training(recipe: Recipe) -> dict[str, Any]:
             "phase_ratio": list(optim.phases),
             "init_lr_scale": start,
             "final_lr_scale": end,
+        }
+    elif optim.schedule == "linear":
+        schedule = {
+            "_name": "polynomial_decay",
+            "warmup_updates": optim.warmup_steps,
+            "end_learning_rate": optim.min_lr,
+            "power": 1.0,
+            "total_num_update": recipe.train.steps,
         }
     return {
         "optimization": {"max_update": recipe.train.steps, "lr": [optim.lr], "clip_norm": optim.clip},

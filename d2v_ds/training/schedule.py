@@ -9,16 +9,33 @@ from d2v_ds.recipe import Optim
 
 def learning_rate(optim: Optim, done: int, total: int) -> float:
     """Rate of the step that follows `done` of `total` steps; as in the original, the first step has the warm-up's
-    lowest (cosine: 0 by default)."""
-    return {"cosine": cosine, "tri_stage": tri_stage}[optim.schedule](optim, done, total)
+    lowest (of cosine and linear 0 by default)."""
+    return {"cosine": cosine, "tri_stage": tri_stage, "linear": linear}[optim.schedule](optim, done, total)
 
 
 def cosine(optim: Optim, done: int, total: int) -> float:
     """Linear from `min_lr` to `lr`, then half a cosine to `min_lr` at `total`."""
     if done < optim.warmup_steps:
-        return optim.min_lr + done * (optim.lr - optim.min_lr) / optim.warmup_steps
-    progress = min(1.0, (done - optim.warmup_steps) / max(1, total - optim.warmup_steps))
-    return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * progress))
+        return warm_up(optim, done)
+    return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (
+        1 + math.cos(math.pi * decayed(optim, done, total))
+    )
+
+
+def linear(optim: Optim, done: int, total: int) -> float:
+    """Linear from `min_lr` to `lr`, then linear to `min_lr` at `total`."""
+    if done < optim.warmup_steps:
+        return warm_up(optim, done)
+    return optim.min_lr + (optim.lr - optim.min_lr) * (1 - decayed(optim, done, total))
+
+
+def warm_up(optim: Optim, done: int) -> float:
+    return optim.min_lr + done * (optim.lr - optim.min_lr) / optim.warmup_steps
+
+
+def decayed(optim: Optim, done: int, total: int) -> float:
+    """Share of the decay that is done."""
+    return min(1.0, (done - optim.warmup_steps) / max(1, total - optim.warmup_steps))
 
 
 def tri_stage(optim: Optim, done: int, total: int) -> float:
