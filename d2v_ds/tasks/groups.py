@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 from d2v_ds.convert.features import Encoder
-from d2v_ds.tasks.items import Items, Name
+from d2v_ds.tasks.items import Content, Items, Name
 from d2v_ds.tasks.table import Bad
 
 GROUP_BATCHES = 8
@@ -74,10 +74,11 @@ def start_one(pool: ThreadPoolExecutor, encoder: Encoder, items: Items, i: int) 
         done: Future[Ready] = Future()
         done.set_result(Ready(i, name, "", None, None, str(error)))
         return 0, done
-    return len(content), pool.submit(prepare_one, encoder, i, name, content, label)
+    size = len(content) if isinstance(content, bytes) else sum(map(len, content))
+    return size, pool.submit(prepare_one, encoder, i, name, content, label)
 
 
-def prepare_one(encoder: Encoder, i: int, name: Name, content: bytes, label: str) -> Ready:
+def prepare_one(encoder: Encoder, i: int, name: Name, content: Content, label: str) -> Ready:
     try:
         row, notice = encoder.inputs.prepare(encoder.samples, content)
     except ValueError as error:

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple, Protocol
 from d2v_ds.data import Corpus, expand_shards
 from d2v_ds.modalities import inputs
 
+Content = bytes | tuple[bytes, bytes]
+"""Of a file or member, or of the two that a pair of texts is."""
+
 
 class Name(NamedTuple):
     """What an item is called."""
@@ -38,7 +41,7 @@ class Items(Protocol):
 
     def name(self, i: int) -> Name: ...
 
-    def read(self, i: int) -> tuple[bytes, str]:
+    def read(self, i: int) -> tuple[Content, str]:
         """The bytes and the label, empty where there is none; ValueError if they cannot be read."""
 
 
@@ -70,13 +73,13 @@ class ShardItems:
 
     def __init__(self, shards: str, samples: Any, label: str):
         paths = expand_shards(shards)
-        (self.field,) = samples.fields
+        self.parts = list(samples.fields)
         self.corpus = Corpus.open(paths, {**samples.fields, "label": f"{label};"}, progress=None)
         self.has_labels = bool(label)
         self.fingerprint = self.corpus.fingerprint
         self.words = f"{len(self.corpus)} samples in {len(paths)} shards"
         if self.corpus.skipped:
-            self.words += f" ({self.corpus.skipped} more have no {samples.fields[self.field]})"
+            self.words += f" ({self.corpus.skipped} more have no {samples.fields[self.parts[0]]})"
 
     def __len__(self) -> int:
         return len(self.corpus)
@@ -85,9 +88,10 @@ class ShardItems:
         shard, _, key = self.corpus.key(i).partition(":")
         return Name(key, shard)
 
-    def read(self, i: int) -> tuple[bytes, str]:
+    def read(self, i: int) -> tuple[Content, str]:
         fields = self.corpus.read(i)
-        return fields[self.field], fields["label"].decode(errors="replace").strip()
+        content = tuple(fields[part] for part in self.parts)
+        return content[0] if len(content) == 1 else content, fields["label"].decode(errors="replace").strip()
 
 
 class FileItems:

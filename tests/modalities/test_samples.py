@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import zlib
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import webdataset
 from PIL import Image
 
 from d2v_ds.data import Draw, Source
+from d2v_ds.modalities import inputs
 from d2v_ds.modalities.audio.samples import RATE, AudioSamples, crop, decode_sound, normalise, num_frames
 from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.image.samples import MAX_PIXELS, ImageSamples, crop_box, decode_image
@@ -533,6 +535,34 @@ def test_a_prepared_text_is_what_a_sample_would_be(folder: Path) -> None:
         prepared = source.samples.prepare(document(unit, words)).tolist()
         assert prepared == source.samples.read(source.corpus, unit).tolist()
         assert source.samples.prepare(prepared).tolist() == prepared
+
+
+def test_pairs_are_two_texts_with_two_ends_between_and_the_longer_is_cut(
+    tmp_path: Path, tokenizer: bytes
+) -> None:
+    """Read, measured, prepared and given as a tuple alike; as many tokens of both as there is room for."""
+    (tmp_path / "sentencepiece.model").write_bytes(tokenizer)
+    texts = [("the river", "a stone"), ("the river", document(1, 40)), (document(2, 40), document(3, 40))]
+    write_shard(tmp_path / "0.tar", "json", [json.dumps({"text": a, "b": b}).encode() for a, b in texts])
+    source = open_text(tmp_path, "data.mode=samples", "data.pair=json.b")
+    samples, corpus = source.samples, source.corpus
+    for i, (a, b) in enumerate(texts):
+        first, second = (samples.tokenizer.encode(text) for text in (a, b))
+        whole = [BOS, *first, EOS, EOS, *second, EOS]
+        assert corpus.lengths.of_unit(i) == len(whole) - 1
+        row = samples.read(corpus, i).tolist()
+        assert row == inputs("text").prepare(samples, (a, b)).row.tolist()
+        assert row == inputs("text").prepare(samples, (a.encode(), b.encode())).row.tolist()
+        assert samples.decode(corpus, i) == (a, b)
+        if len(whole) <= 16:
+            assert row == whole
+            continue
+        room = 12 - min(len(first), 6)
+        assert row == [BOS, *first[:6], EOS, EOS, *second[:room], EOS] and len(row) == 16
+    with pytest.raises(ValueError, match="reads pairs of texts"):
+        inputs("text").prepare(samples, "one alone")
+    with pytest.raises(ValueError, match="data.pair=json.b has no meaning with data.mode=blocks"):
+        open_text(tmp_path, "data.pair=json.b")
 
 
 def test_a_tokenizer_with_other_ids_is_an_error(folder: Path, train_tokenizer: Callable[..., bytes]) -> None:

@@ -1,4 +1,7 @@
-"""Texts as users have them: strings, files, token ids -> ids from `<s>` to `</s>`. A str is a text, a Path a file."""
+"""Texts as users have them: strings, files, token ids -> ids from `<s>` to `</s>`. A str is a text, a Path a file.
+
+A pair of texts is a tuple or list of two, inside the list of inputs: [("A", "B"), ("C", "D")].
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from d2v_ds.modalities.prepared import (
     refuse_rate,
     split_batch,
 )
-from d2v_ds.modalities.text.samples import BOS, PAD, TextSamples
+from d2v_ds.modalities.text.samples import PAD, TextSamples
 
 EXTENSIONS = ("txt", "text")
 
@@ -35,18 +38,32 @@ def listed(x: Any) -> list[Any]:
 
 
 def prepare(samples: TextSamples, item: Any, rate: int | None = None) -> Prepared:
-    """One text as <s>, ids, </s>; (T,). Ids are taken as they are, without `<pad>` at their end.
+    """One text as <s>, ids, </s>, a pair as <s>, ids, </s>, </s>, ids, </s>; (T,). Ids are taken as they are, without
+    `<pad>` at their end.
 
     What is longer than the model reads is cut, with a notice.
     """
     refuse_rate(rate, "texts")
-    item = read_file(item) if isinstance(item, Path) else as_bytes(item)
-    if isinstance(item, (str, bytes)):
-        ids = torch.tensor([BOS, *samples.encode(item)])
+    limit = samples.config.max_tokens
+    texts = as_texts(item)
+    if samples.config.data.pair is not None and texts is not None and len(texts) == 1:
+        raise ValueError(f"this model reads pairs of texts, {describe(item)} is one; give (A, B), in a list")
+    if texts is not None:
+        ids = samples.sequence(*texts)
+        row = torch.tensor(samples.cut(ids))
     else:
         ids = check_ids(as_tensor(item, "text or list of token ids"), samples.config.vocabulary)
-    limit = samples.config.max_tokens
-    return Prepared(ids[:limit], None if len(ids) <= limit else f"{len(ids)} tokens, cut to {limit}")
+        row = ids[:limit]
+    return Prepared(row, None if len(ids) <= limit else f"{len(ids)} tokens, cut to {limit}")
+
+
+def as_texts(item: Any) -> list[str | bytes] | None:
+    """The text, or the two of a pair; None for anything else."""
+    if isinstance(item, (list, tuple)) and len(item) == 2 and not any(map(is_number, item)):
+        parts = [as_texts(part) for part in item]
+        return None if any(part is None or len(part) != 1 for part in parts) else [part[0] for part in parts]
+    item = read_file(item) if isinstance(item, Path) else as_bytes(item)
+    return [item] if isinstance(item, (str, bytes)) else None
 
 
 def check_ids(ids: Tensor, vocabulary: int) -> Tensor:

@@ -16,10 +16,15 @@ from d2v_ds.modalities.source import StreamConfig, column_name, draw_views, pad_
 from d2v_ds.modalities.text.tokenizer import BOS, EOS, PAD, load_tokenizer
 from d2v_ds.model.batch import Batch
 
+PARTS = ("text", "pair")
+"""Fields of a sample that are text."""
+
 
 class TextData(StreamConfig):
     fields: str = "txt;json.text"
     """Extensions that hold the text, best first; `json.text` is the key `text` of a json member."""
+    pair: str | None = None
+    """Of mode=samples: the member or json key with a second text, read as `<s> A </s> </s> B </s>`; None = none."""
     mode: Literal["blocks", "samples"] = "blocks"
     """blocks: consecutive tokens of a shard, across documents; samples: one padded sequence a sample."""
     tokenizer: str = "sentencepiece.model"
@@ -35,6 +40,10 @@ class TextData(StreamConfig):
                 f"data.batch_tokens={self.batch_tokens} has no meaning with data.mode=blocks, which are of one length; "
                 "set data.batch, or data.mode=samples"
             )
+        if self.pair is not None and self.mode == "blocks":
+            raise ValueError(
+                f"data.pair={self.pair} has no meaning with data.mode=blocks; set data.mode=samples"
+            )
         return self
 
 
@@ -48,6 +57,8 @@ class TextSamples:
         """`tokenizer`: an object whose `encode(text)` gives ids, in place of the file that the config names."""
         self.config = config
         self.fields = {"text": config.data.fields}
+        if config.data.pair is not None:
+            self.fields["pair"] = config.data.pair
         if tokenizer is not None:
             self.tokenizer, self.files, self.measure_name = tokenizer, (), ""
             return
@@ -55,11 +66,29 @@ class TextSamples:
         self.files = (path,)  # what an export needs besides the weights
         model = path.read_bytes()
         self.measure_name = column_name(f"tokens-{hashlib.sha256(model).hexdigest()[:12]}", config.data)
+        if config.data.pair is not None:
+            self.measure_name += f"-pair-{hashlib.sha256(config.data.pair.encode()).hexdigest()[:8]}"
         self.tokenizer = load_tokenizer(model, config.vocabulary, path, has_mask=config.view == "masked")
 
     def measure(self, fields: dict[str, bytes]) -> int:
-        """Tokens of a document, with its end token."""
-        return len(self.encode(fields["text"]))
+        """Tokens of a document, or of a pair, with end tokens."""
+        return len(self.sequence(*(fields[name] for name in PARTS if name in fields))) - 1
+
+    def sequence(self, text: bytes | str, pair: bytes | str | None = None) -> list[int]:
+        """`<s> A </s>` or `<s> A </s> </s> B </s>`, whole."""
+        ids = [BOS, *self.encode(text)]
+        return ids if pair is None else [*ids, EOS, *self.encode(pair)]
+
+    def cut(self, ids: list[int]) -> list[int]:
+        """A sequence of at most max_tokens: of a pair the longer text loses its end, of one text the end goes."""
+        limit = self.config.max_tokens
+        if len(ids) <= limit or self.config.data.pair is None or EOS not in ids[:-1]:
+            return ids[:limit]
+        first = ids.index(EOS)  # no text has it: what is written there is characters
+        a, b = ids[1:first], ids[first + 2 : -1]
+        room = limit - 4
+        keep_a = max(room - len(b), min(len(a), room - room // 2))
+        return [BOS, *a[:keep_a], EOS, EOS, *b[: room - keep_a], EOS]
 
     def encode(self, text: bytes | str) -> list[int]:
         """Ids of one document, closed by </s>; ValueError if the bytes are no UTF-8 or hold no text."""
@@ -110,28 +139,33 @@ class TextSamples:
             f" to {corpus.key(last)}" if last > first else ""
         )
 
-    def decode(self, corpus: Corpus, unit: int) -> str:
+    def decode(self, corpus: Corpus, unit: int) -> str | tuple[str, str]:
         """One whole sample as `prepare` takes it."""
-        return corpus.read(unit)["text"].decode()
+        fields = corpus.read(unit)
+        text = fields["text"].decode()
+        return (text, fields["pair"].decode()) if "pair" in self.fields else text
 
-    def raw(self, texts: list[str]) -> torch.Tensor:
+    def raw(self, texts: list[str] | list[tuple[str, str]]) -> torch.Tensor:
         """Token counts, for a baseline; (N, V)."""
-        counts = [np.bincount(self.encode(text), minlength=self.config.vocabulary) for text in texts]
+        all_ids = [
+            self.sequence(text)[1:] if isinstance(text, str) else self.sequence(*text)[1:] for text in texts
+        ]
+        counts = [np.bincount(ids, minlength=self.config.vocabulary) for ids in all_ids]
         return torch.from_numpy(np.stack(counts)).float()
 
     def read(self, corpus: Corpus, unit: int) -> np.ndarray:
         """Token ids with <s>; (max_tokens,) for a block, any length up to it for a sample."""
         limit = self.config.max_tokens - 1
         if self.config.data.mode == "samples":
-            ids = self.encode(corpus.read(unit)["text"])[:limit]
-        else:
-            first, offset, last = self.blocks.locate(unit)
-            stream = [i for doc in range(first, last + 1) for i in self.encode(corpus.read(doc)["text"])]
-            ids = stream[offset : offset + limit]
-            if len(ids) < limit:
-                raise corpus.corrupt(
-                    first, f"block of {len(ids)} tokens instead of {limit}: token counts are stale"
-                )
+            fields = corpus.read(unit)
+            return np.array(self.cut(self.sequence(*(fields[name] for name in PARTS if name in fields))))
+        first, offset, last = self.blocks.locate(unit)
+        stream = [i for doc in range(first, last + 1) for i in self.encode(corpus.read(doc)["text"])]
+        ids = stream[offset : offset + limit]
+        if len(ids) < limit:
+            raise corpus.corrupt(
+                first, f"block of {len(ids)} tokens instead of {limit}: token counts are stale"
+            )
         return np.array([BOS, *ids])
 
     def collate(self, rows: list[np.ndarray], draws: list[Draw]) -> Batch:
@@ -147,7 +181,7 @@ class TextSamples:
         """One text as a trained model sees it: <s>, ids, </s>, cut to max_tokens; (T,). Ids are taken as they are."""
         if not isinstance(text, str):
             return torch.as_tensor(text)[: self.config.max_tokens]
-        return torch.tensor([BOS, *self.encode(text)][: self.config.max_tokens])
+        return torch.tensor(self.cut(self.sequence(text)))
 
     def pad(self, rows: list[torch.Tensor]) -> Batch:
         source, padding = pad_stack(rows, PAD)
