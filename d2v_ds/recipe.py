@@ -93,6 +93,8 @@ class Train(Config):
     """async: training goes on while a copy in host memory is written; sync: it waits."""
     save_failures: PositiveInt = 3
     """Saves in a row that may fail (disk full, quota, read-only folder); at this many the run stops."""
+    compile: bool = False
+    """Blocks run through torch.compile, which needs a C++ compiler on a CPU; the first steps take a minute longer."""
     workers: NonNegativeInt = 2
     """Data workers of each rank; 0 reads in the training process."""
     skip_limit: PositiveInt = 10
@@ -232,6 +234,7 @@ FREE = {
     "train.keep_every",
     "train.save",
     "train.save_failures",
+    "train.compile",
     "train.workers",
     "train.skip_limit",
     "train.max_bad_share",

@@ -124,23 +124,23 @@ def count_flops(recipe: Recipe, batch: Batch) -> int:
     return 3 * everything.get_total_flops() - 2 * teacher.get_total_flops()
 
 
-def measure(case: Case, device: torch.device, steps: int, with_profile: bool) -> dict[str, Any]:
+def measure(case: Case, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     overrides = [f"precision={'fp32' if case.dtype == torch.float32 else 'bf16'}"]
     recipe = load_recipe(case.recipe, overrides)
     ((_, config),) = recipe.modalities.items()
     config.clones = case.clones or config.clones
     batch = make_batch(recipe, case)
     flops = count_flops(recipe, batch)
-    engine, ema = build(recipe, device)
+    engine, ema = build(recipe, device, options.compile)
     batch = batch.to(device, next(engine.module.parameters()).dtype)
     seconds = []
-    for _ in range(steps + 2):
+    for _ in range(options.steps + 2):
         wait(device)
         began = time.perf_counter()
         take_step(engine, ema, batch)
         wait(device)
         seconds.append(time.perf_counter() - began)
-    costs = profile(engine, ema, batch, device) if with_profile else []
+    costs = profile(engine, ema, batch, device) if options.profile else []
     clean = sorted(seconds[2:])
     rate = matrix_rate(case.dtype, device, 8192 if device.type == "cuda" else 2048)
     median = statistics.median(clean)
@@ -152,6 +152,7 @@ def measure(case: Case, device: torch.device, steps: int, with_profile: bool) ->
         "gflop": flops / 1e9,
         "matrix_gflops": rate / 1e9,
         "arithmetic_s": flops / rate,
+        "compiled": options.compile,
         "step_s": median,
         "step_s_quartiles": [clean[len(clean) // 4], clean[-1 - len(clean) // 4]],
         "steps": len(clean),
@@ -200,7 +201,7 @@ def write_costs(rows: list[dict[str, Any]], path: Path, hardware: str) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def build(recipe: Recipe, device: torch.device) -> tuple[Any, TeacherEMA]:
+def build(recipe: Recipe, device: torch.device, is_compiled: bool) -> tuple[Any, TeacherEMA]:
     optim = recipe.optim
     path = find_config("zero2" if device.type == "cuda" else "zero0")
     config = resolve_config(
@@ -219,7 +220,7 @@ def build(recipe: Recipe, device: torch.device) -> tuple[Any, TeacherEMA]:
     optimizer = build_optimizer(
         model, lr=1e-4, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, decay=optim.decay
     )
-    engine = build_engine(model, optimizer, config)
+    engine = build_engine(model, optimizer, config, is_compiled)
     engine.train()
     return engine, TeacherEMA(engine)
 
@@ -246,6 +247,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="the CPU's cases, even where there is a GPU")
     parser.add_argument("--steps", type=int, default=9, help="clean steps of each case, after two others")
     parser.add_argument("--profile", action="store_true", help="write the largest costs of a step, too")
+    parser.add_argument("--compile", action="store_true", help="as train.compile=true")
     parser.add_argument("--threads", type=int, default=2, help="on the CPU")
     parser.add_argument("--only", help="cases whose recipe and dtype contain this, e.g. image_base-float32")
     parser.add_argument(
@@ -265,7 +267,7 @@ def main() -> None:
         name = f"{case.recipe}-{str(case.dtype).removeprefix('torch.')}"
         if arguments.only and arguments.only not in name:
             continue
-        row = measure(case, device, arguments.steps, arguments.profile)
+        row = measure(case, device, arguments)
         rows.append(row)
         print(
             f"{name:22} B{row['batch']} M{row['clones']:<3} {row['gflop']:8.0f} GFLOP at {row['matrix_gflops']:8.0f}/s "

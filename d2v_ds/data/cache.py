@@ -169,7 +169,9 @@ def _fetch(
             f"{shard.folder}, and it is indexed anew"
         )
     part = shard.folder / f"{shard.name}.part"
-    with locked(shard.root / "lock"):  # or another process finds it before it is locked, and takes it for abandoned
+    with locked(
+        shard.root / "lock"
+    ):  # or another process finds it before it is locked, and takes it for abandoned
         part.unlink(missing_ok=True)  # of a process that was killed
         file = part.open("x+b", buffering=0)
         fcntl.flock(file, fcntl.LOCK_SH)

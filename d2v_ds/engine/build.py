@@ -56,10 +56,17 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
-def build_engine(model: Data2Vec, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
-    """The engine over student and frozen teacher; only trainable parameters are in the optimizer."""
+def build_engine(
+    model: Data2Vec, optimizer: torch.optim.Optimizer, config: dict[str, Any], is_compiled: bool = False
+) -> Any:
+    """The engine over student and frozen teacher; only trainable parameters are in the optimizer.
+
+    `is_compiled`: the transformer blocks run through torch.compile, each by itself, at any ZeRO stage.
+    """
     import deepspeed
 
+    if is_compiled:
+        compile_blocks(model, config["zero_optimization"])
     if config["zero_optimization"]["stage"] == 3:
         for module in fetched_whole(model):
             deepspeed.utils.set_z3_leaf_module(module, True)
@@ -68,6 +75,23 @@ def build_engine(model: Data2Vec, optimizer: torch.optim.Optimizer, config: dict
     undo_dry_step(engine)
     free_loss_scale(engine, config)
     return engine
+
+
+def compile_blocks(model: nn.Module, zero: dict[str, Any]) -> None:
+    """Only what a block computes: ZeRO-3's hooks, which gather its weights, stay outside.
+
+    NOTE: DeepSpeed's own linear function of ZeRO-3 has no gradient where it is compiled: weights get none, silently.
+    """
+    if zero.get("memory_efficient_linear"):
+        raise ValueError(
+            "zero_optimization.memory_efficient_linear=true of the ds_config gives compiled layers no gradients; leave "
+            "it out, or set train.compile=false"
+        )
+    zero["memory_efficient_linear"] = False
+    torch.nn.functional.linear = torch._C._nn.linear  # where a run before in this process has left DeepSpeed's
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.forward = torch.compile(module.forward)
 
 
 LOWEST_LOSS_SCALE = 2.0**-20

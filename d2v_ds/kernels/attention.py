@@ -479,6 +479,7 @@ class _Attend(torch.autograd.Function):
         return d_qkv, d_strength.sum(dim=(0, 2)), None, None, None, None, None
 
 
+@torch.compiler.disable  # a graph ends before the kernels and begins after them
 def attend_triton(
     qkv: Tensor, distance: Distance, padding_NT: Tensor | None, dropout: float, seed: Tensor | None = None
 ) -> Tensor:

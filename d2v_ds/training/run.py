@@ -411,7 +411,7 @@ def build_run(
         weight_decay=optim.weight_decay,
         decay=optim.decay,
     )
-    engine = build_engine(model, optimizer, ds_config)
+    engine = build_engine(model, optimizer, ds_config, recipe.train.compile)
     ema = TeacherEMA(engine)
     step, applied, first_step, updates_before = begin.step, 0, begin.step, begin.updates_before
     if saved:
