@@ -156,7 +156,11 @@ FROZEN = {
     "linear": "a linear layer trained on frozen features",
     "attentive": "attention pooling and a linear layer trained on frozen tokens",
 }
-TUNED = {"classify": "accuracy of a fine-tuned model", "ctc": "its word and character error rate"}
+TUNED = {
+    "classify": "accuracy of a fine-tuned model",
+    "ctc": "its word and character error rate",
+    "glue": "GLUE's metrics of a model fine-tuned on one of its tasks, or on texts of your own",
+}
 
 
 def add_evaluation(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -198,15 +202,20 @@ def add_frozen(parser: argparse.ArgumentParser, kind: str) -> None:
 
 
 def add_tuned(parser: argparse.ArgumentParser, kind: str) -> None:
-    default = {"classify": "cls;json.label", "ctc": "txt;json.text"}[kind]
+    default = {"ctc": "txt;json.text"}.get(kind, "cls;json.label")
     parser.add_argument("model", help="fine-tuned: export, fairseq file or Hugging Face folder")
     parser.add_argument("data", help="labelled shards: a folder or a pattern")
+    if kind == "glue":
+        parser.add_argument(
+            "--task", default=None, help="cola, mnli, ... (default: what the folder was made for)"
+        )
+        parser.add_argument("--metrics", nargs="+", default=None, help="others than the task's")
     parser.add_argument("--label", default=None, help=f"member or json key (default: {default})")
     parser.add_argument(
         "--workers", type=int, default=None, help="threads that decode (default: cores, at most 8)"
     )
     add_evaluation(parser, kind)
-    parser.set_defaults(run=run_eval)
+    parser.set_defaults(run=run_glue if kind == "glue" else run_eval)
 
 
 def add_shards(parser: argparse.ArgumentParser) -> None:
@@ -343,6 +352,19 @@ def run_eval(arguments: argparse.Namespace) -> int:
 
     options = {k: v for k, v in vars(arguments).items() if k not in ("run", "kind", "model", "data")}
     print(format_result(evaluate(arguments.kind, arguments.model, arguments.data, **options)))
+    return 0
+
+
+def run_glue(arguments: argparse.Namespace) -> int:
+    from d2v_ds.tasks.evaluate import format_result
+    from d2v_ds.tasks.glue import evaluate_glue
+
+    options = {
+        k: v for k, v in vars(arguments).items() if k not in ("run", "kind", "model", "data", "modality")
+    }
+    if arguments.modality not in (None, "text"):
+        raise ValueError(f"--modality {arguments.modality}: glue is about text; leave it out")
+    print(format_result(evaluate_glue(arguments.model, arguments.data, **options)))
     return 0
 
 

@@ -19,7 +19,11 @@ from d2v_ds.tasks.table import Bad, write_whole
 
 LABELS = {"classify": "cls;json.label", "ctc": "txt;json.text"}
 """Member or json key with the label of each kind, unless said otherwise."""
-HEADS = {"classify": ("image_classification", "sentence_classification"), "ctc": ("ctc",)}
+HEADS = {
+    "classify": ("image_classification", "sentence_classification"),
+    "ctc": ("ctc",),
+    "glue": ("sentence_classification",),
+}
 
 
 def evaluate(
@@ -125,11 +129,16 @@ def read_labels(items: Items, label: str) -> list[str]:
     return found
 
 
-def read_classes(items: Items, encoder: Encoder, label: str) -> list[int]:
-    """Numbers of the head's outputs; labels may be those, or the names of the classes."""
+def read_classes(items: Items, encoder: Encoder, label: str, classes: list[str] | None = None) -> list[int]:
+    """Numbers of the head's outputs; labels may be those, or the names of the classes.
+
+    `classes`: names of the numbers in the data, where they are known; they count where the head has the same names.
+    """
     names = encoder.head_config.labels or ()
     numbers, outputs = {name: i for i, name in enumerate(names)}, encoder.head_config.outputs
-    classes = []
+    if classes is not None and set(classes) == set(names):
+        numbers |= {str(i): names.index(name) for i, name in enumerate(classes)}
+    found = []
     for i, text in enumerate(read_labels(items, label)):
         number = numbers.get(text, int(text) if text.isascii() and text.isdigit() else -1)
         if not 0 <= number < outputs:
@@ -142,8 +151,8 @@ def read_classes(items: Items, encoder: Encoder, label: str) -> list[int]:
                 f"label {text!r} of {items.name(i).full} is no class of the model, whose classes are 0 to "
                 f"{outputs - 1}{known}; name another member or key than '{label}' with --label, or give its own data"
             )
-        classes.append(number)
-    return classes
+        found.append(number)
+    return found
 
 
 def read_transcripts(items: Items, encoder: Encoder, label: str) -> list[str]:

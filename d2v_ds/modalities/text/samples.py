@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 from typing import Any, Literal
@@ -69,6 +70,14 @@ class TextSamples:
         if config.data.pair is not None:
             self.measure_name += f"-pair-{hashlib.sha256(config.data.pair.encode()).hexdigest()[:8]}"
         self.tokenizer = load_tokenizer(model, config.vocabulary, path, has_mask=config.view == "masked")
+
+    def with_pair(self, pair: str) -> TextSamples:
+        """The same, with a second text from this member or json key; one sequence a sample."""
+        data = self.config.data.model_copy(update={"mode": "samples", "pair": pair})
+        other = copy.copy(self)
+        other.config = self.config.model_copy(update={"data": data})
+        other.fields = {**self.fields, "pair": pair}
+        return other
 
     def measure(self, fields: dict[str, bytes]) -> int:
         """Tokens of a document, or of a pair, with end tokens."""

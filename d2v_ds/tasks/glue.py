@@ -1,0 +1,178 @@
+"""GLUE's eight tasks: their metrics (arXiv:1804.07461), and how good a fine-tuned model is at one of them.
+
+A task's score is the mean of its metrics; of MNLI that of both development sets. Other labelled texts are measured
+alike.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_ds.convert.features import Encoder
+from d2v_ds.convert.load import load
+from d2v_ds.tasks.embed import best_device
+from d2v_ds.tasks.evaluate import check_head, head_logits, read_classes, read_labels
+from d2v_ds.tasks.groups import make_groups, prepare
+from d2v_ds.tasks.items import Items, open_items
+from d2v_ds.tasks.metrics import METRICS, OF_NUMBERS, measure
+from d2v_ds.tasks.table import Bad, write_whole
+
+GLUE: dict[str, tuple[str, ...]] = {
+    "cola": ("matthews",),
+    "mnli": ("accuracy",),
+    "mrpc": ("accuracy", "f1"),
+    "qnli": ("accuracy",),
+    "qqp": ("accuracy", "f1"),
+    "rte": ("accuracy",),
+    "sst2": ("accuracy",),
+    "stsb": ("pearson", "spearman"),
+}
+"""WNLI, the ninth, is left out, as in every published average."""
+LABEL, PAIR = "cls;json.label", "json.text_b"
+
+
+def evaluate_glue(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path | None = None,
+    task: str | None = None,
+    metrics: list[str] | None = None,
+    label: str | None = None,
+    batch: int = 32,
+    device: str | None = None,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Metrics of a model with a sentence head on labelled texts, and their mean `score`; in `out` as JSON, if named.
+
+    `data`: a folder that `d2v prepare glue` made, whose development sets are taken and which says its task; or any
+    labelled shards. Metrics unsaid: the task's; without a task accuracy and macro_f1, of a head with one output pearson
+    and spearman.
+
+    Raises ValueError, before the model runs, for a model without such a head, for labels that are missing or that the
+    head does not have, and for metrics that do not go with it.
+    """
+    if batch < 1:
+        raise ValueError(f"--batch {batch} must be 1 or more")
+    splits, made_for = find_splits(str(data))
+    task = task or made_for
+    if task is not None and task not in GLUE:
+        raise ValueError(f"--task {task} is none of {', '.join(GLUE)}")
+    encoder = load(model, "text", device=device or best_device())
+    check_head(encoder, "glue")
+    names = choose_metrics(encoder, task, metrics)
+    opened = []
+    for split, shards in splits.items():
+        encoder.samples = reader(encoder, shards)
+        items = open_items(shards, "text", encoder.samples, label or LABEL)
+        opened.append((split, items, encoder.samples, read_truths(items, encoder, label or LABEL, data)))
+    found, unreadable, count = {}, [], 0
+    for split, items, encoder.samples, truths in opened:
+        logits, places = run(encoder, items, batch, workers, unreadable)
+        found[split] = measure(names, logits, torch.tensor([truths[i] for i in places]))
+        count += len(places)
+    result = {
+        "task": task or "text",
+        "model": str(model),
+        "data": str(data),
+        "samples": count,
+        **flatten(found),
+        "score": sum(each["score"] for each in found.values()) / len(found),
+        "unreadable": [bad._asdict() for bad in unreadable],
+    }
+    if out is not None:
+        write_whole(Path(out), json.dumps(result, indent=1).encode())
+    return result
+
+
+def find_splits(data: str) -> tuple[dict[str, str], str | None]:
+    """Name and shards of each part to measure, and the task they were made for."""
+    manifest = Path(data) / "manifest.json"
+    if not manifest.is_file():
+        return {"": data}, None
+    made = json.loads(manifest.read_bytes())
+    splits = sorted(split for split in made["splits"] if split.startswith("val"))
+    if not splits:
+        raise ValueError(
+            f"{data} has the splits {', '.join(made['splits'])}, no val; name the shards to measure on"
+        )
+    name = made["settings"]["name"]
+    parts = {split.removeprefix("val").strip("-"): f"{data}/{name}-{split}-[0-9]*.tar" for split in splits}
+    return parts, made["settings"].get("task")
+
+
+def choose_metrics(encoder: Encoder, task: str | None, metrics: list[str] | None) -> tuple[str, ...]:
+    is_number = encoder.head_config.outputs == 1
+    names = tuple(metrics or GLUE.get(task, OF_NUMBERS if is_number else ("accuracy", "macro_f1")))
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"metric {name!r} is not known; there are {', '.join(METRICS)}")
+        if (name in OF_NUMBERS) != is_number:
+            has = "one output, a number" if is_number else f"{encoder.head_config.outputs} classes"
+            raise ValueError(f"{name} does not go with the head of {encoder.origin}, which has {has}")
+        if name == "f1" and encoder.head_config.outputs != 2:
+            raise ValueError(
+                f"f1 is of two classes, the head of {encoder.origin} has {encoder.head_config.outputs}"
+            )
+    return names
+
+
+def reader(encoder: Encoder, shards: str) -> Any:
+    """The model's samples, as these shards have them: with a second text if they hold one."""
+    samples = encoder.samples
+    if samples.config.data.pair is not None:
+        return samples
+    probe = open_items(shards, "text", samples, PAIR)
+    has_pair = len(probe) and probe.read(0)[1]
+    return samples.with_pair(PAIR) if has_pair else samples
+
+
+def read_truths(items: Items, encoder: Encoder, label: str, data: str | Path) -> list[float]:
+    """Numbers, or numbers of the head's outputs: where it names them and the shards do, by name."""
+    if encoder.head_config.outputs > 1:
+        return read_classes(items, encoder, label, class_names(data))
+    truths = []
+    for i, text in enumerate(read_labels(items, label)):
+        try:
+            truths.append(float(text))
+        except ValueError as error:
+            raise ValueError(
+                f"label {text!r} of {items.name(i).full} is no number, which the head gives"
+            ) from error
+    return truths
+
+
+def class_names(data: str | Path) -> list[str] | None:
+    path = Path(data) / "classes.json"
+    return json.loads(path.read_bytes()) if path.is_file() else None
+
+
+def run(
+    encoder: Encoder, items: Items, batch: int, workers: int | None, unreadable: list[Bad]
+) -> tuple[Tensor, list[int]]:
+    """The head's outputs (N, C), and which items they are of."""
+    logits, places = [], []
+    for group in make_groups(prepare(encoder, items, 0, workers), encoder, batch):
+        ready = sorted(group.ready, key=lambda item: len(item.row))  # alike lengths: little padding
+        unreadable += group.bad
+        for first in range(0, len(ready), batch):
+            chosen = ready[first : first + batch]
+            logits.append(head_logits(encoder, chosen))
+            places += [item.number for item in chosen]
+    if not logits:
+        raise ValueError(f"none of {items.words} can be read; the first: {unreadable[0].reason}")
+    return torch.cat(logits), places
+
+
+def flatten(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """`accuracy`, or of several parts `accuracy_matched`, ...; without each part's score."""
+    return {
+        f"{name}_{part}" if part else name: value
+        for part, values in found.items()
+        for name, value in values.items()
+        if name != "score"
+    }
