@@ -20,6 +20,7 @@ from d2v_ds.convert.load import Encoder, load
 from d2v_ds.data import Corpus, expand_shards
 from d2v_ds.modalities.source import shard_pattern
 from d2v_ds.tasks.embed import best_device
+from d2v_ds.tasks.items import paired
 from d2v_ds.tasks.knn import knn
 from d2v_ds.tasks.probe import choose, layer_means, random_twin, read_labels, ridge
 from d2v_ds.tasks.readout import Tokens, Training, Vectors, readout
@@ -114,6 +115,7 @@ def open_parts(
 ) -> list[Part]:
     """The part to fit on and the one to test on."""
     names = find_shards(str(data), train, test)
+    encoder.samples = paired(encoder.samples, names[0])
     fields = {**encoder.samples.fields, "label": label}
     parts = []
     for shards in names:

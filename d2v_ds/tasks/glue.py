@@ -18,7 +18,7 @@ from d2v_ds.convert.load import load
 from d2v_ds.tasks.embed import best_device
 from d2v_ds.tasks.evaluate import check_head, head_logits, read_classes, read_labels
 from d2v_ds.tasks.groups import make_groups, prepare
-from d2v_ds.tasks.items import Items, open_items
+from d2v_ds.tasks.items import Items, open_items, paired
 from d2v_ds.tasks.metrics import METRICS, OF_NUMBERS, measure
 from d2v_ds.tasks.table import Bad, write_whole
 
@@ -33,7 +33,7 @@ GLUE: dict[str, tuple[str, ...]] = {
     "stsb": ("pearson", "spearman"),
 }
 """WNLI, the ninth, is left out, as in every published average."""
-LABEL, PAIR = "cls;json.label", "json.text_b"
+LABEL = "cls;json.label"
 
 
 def evaluate_glue(
@@ -67,7 +67,7 @@ def evaluate_glue(
     names = choose_metrics(encoder, task, metrics)
     opened = []
     for split, shards in splits.items():
-        encoder.samples = reader(encoder, shards)
+        encoder.samples = paired(encoder.samples, shards)
         items = open_items(shards, "text", encoder.samples, label or LABEL)
         opened.append((split, items, encoder.samples, read_truths(items, encoder, label or LABEL, data)))
     found, unreadable, count = {}, [], 0
@@ -119,16 +119,6 @@ def choose_metrics(encoder: Encoder, task: str | None, metrics: list[str] | None
                 f"f1 is of two classes, the head of {encoder.origin} has {encoder.head_config.outputs}"
             )
     return names
-
-
-def reader(encoder: Encoder, shards: str) -> Any:
-    """The model's samples, as these shards have them: with a second text if they hold one."""
-    samples = encoder.samples
-    if samples.config.data.pair is not None:
-        return samples
-    probe = open_items(shards, "text", samples, PAIR)
-    has_pair = len(probe) and probe.read(0)[1]
-    return samples.with_pair(PAIR) if has_pair else samples
 
 
 def read_truths(items: Items, encoder: Encoder, label: str, data: str | Path) -> list[float]:

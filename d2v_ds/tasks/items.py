@@ -16,6 +16,10 @@ Content = bytes | tuple[bytes, bytes]
 """Of a file or member, or of the two that a pair of texts is."""
 
 
+PAIR = "json.text_b"
+"""Where `d2v prepare` writes the second text."""
+
+
 class Name(NamedTuple):
     """What an item is called."""
 
@@ -66,6 +70,14 @@ def open_items(data: str | Path, modality: str, samples: Any, label: str) -> Ite
     if any(is_of(name, modality) for name in matches):
         return FileItems(Path(), [name for name in matches if is_of(name, modality)])
     return ShardItems(text, samples, label)
+
+
+def paired(samples: Any, shards: str | Path) -> Any:
+    """Samples of text as these shards have them: with the second text if there is one; others as they are."""
+    if not hasattr(samples, "with_pair") or samples.config.data.pair is not None:
+        return samples
+    has_pair = ShardItems(str(shards), samples, PAIR).read(0)[1]
+    return samples.with_pair(PAIR) if has_pair else samples
 
 
 class ShardItems:

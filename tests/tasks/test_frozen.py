@@ -16,6 +16,7 @@ from d2v_ds.modalities.build import build_model
 from d2v_ds.recipe import load_recipe
 from d2v_ds.tasks.frozen import evaluate_frozen
 from d2v_ds.tasks.readout import Tokens, Training, Vectors, readout
+from shards.command import main as prepare
 
 SPOKEN = {"train": "multimodal-train-000000.tar", "test": "multimodal-val-*.tar"}
 TOP = [f"modalities.{name}.target.top_k=2" for name in ("audio", "image", "text")]
@@ -107,3 +108,22 @@ def test_what_cannot_be_evaluated_is_an_error_that_says_why(model):
     assert "text-train" in refused(train="text-train-000000.tar")  # holds no image
     assert "nowhere" in refused(data=Path("nowhere"))
     assert "must be 1 or more" in refused(samples=0)
+
+
+def test_pairs_of_texts_are_read_as_pairs(model, tmp_path):
+    """Which of 2 words the second text is decides the class; the first texts say nothing."""
+    rows = [f"same words here\t{('yes', 'no')[i % 2]}\t{i % 2}\n" for i in range(30)]
+    (tmp_path / "pairs.tsv").write_text("text\ttext_b\tlabel\n" + "".join(rows))
+    prepared = [
+        "table",
+        f"{tmp_path}/pairs.tsv",
+        "--out",
+        f"{tmp_path}/shards",
+        "--val",
+        "0.4",
+        "--workers",
+        "1",
+    ]
+    assert prepare(prepared) == 0
+    found = evaluate_frozen("ridge", model, tmp_path / "shards", modality="text", device="cpu")
+    assert found["rows"][-1]["accuracy"] == 1
