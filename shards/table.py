@@ -19,12 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shards.folder import make_name
 from shards.listing import Found, Part, Skipped, draw_split, stamp_file
 from shards.prepare import Job, Source
 from shards.rows import COLUMNS, as_number, column_names, read_rows, refuse_missing, samples_of
 
 MOST_CLASSES = 10_000
+NAME = "texts"
+"""Not that of TABLE: of a train.tsv the split val would be in train-val-*.tar, which `*train*.tar` names too."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +75,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
         **{key: getattr(arguments, key) for key in keys},
     }
     find = functools.partial(find_parts, files=files, columns=columns, arguments=arguments)
-    return Job(name=make_name(arguments.source), out=arguments.out.expanduser(), settings=settings, find=find)
+    return Job(name=NAME, out=arguments.out.expanduser(), settings=settings, find=find)
 
 
 def find_columns(path: Path, arguments: argparse.Namespace) -> dict[str, str]:

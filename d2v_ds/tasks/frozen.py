@@ -7,8 +7,10 @@ N samples, L layers, D dim.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,9 @@ from d2v_ds.tasks.readout import Tokens, Training, Vectors, readout
 from d2v_ds.tasks.table import Bad, write_whole
 
 KINDS = ("knn", "ridge", "linear", "attentive")
-TRAIN, TEST = "*train*.tar", ("*val*.tar", "*dev*.tar", "*test*.tar")
-"""Which shards of a folder are fitted and tested on where nothing is said; of the latter the first that are there."""
+TRAIN = ("*-train-[0-9]*.tar", "*train*.tar")
+TEST = ("*-val-*.tar", "*val*.tar", "*dev*.tar", "*test*.tar")
+"""Which shards of a folder are fitted and tested on where nothing is said: the first of each that are there."""
 LABEL = "cls;json.label"
 
 Say = Callable[[str], Any]
@@ -115,6 +118,7 @@ def open_parts(
 ) -> list[Part]:
     """The part to fit on and the one to test on."""
     names = find_shards(str(data), train, test)
+    refuse_overlap(names)
     encoder.samples = paired(encoder.samples, names[0])
     fields = {**encoder.samples.fields, "label": label}
     parts = []
@@ -141,17 +145,32 @@ def find_shards(data: str, train: str | None, test: str | None) -> tuple[str, st
                 f"{data} is what is fitted on; name labelled shards to test on with --test, or give a folder with both"
             )
         return train or data, test
-    fits = os.path.join(data, train or TRAIN)
-    if test is not None:
-        return fits, os.path.join(data, test)
-    expand_shards(fits)
-    for pattern in TEST:
+    return first_there(data, train, TRAIN, "fit"), first_there(data, test, TEST, "test")
+
+
+def first_there(data: str, given: str | None, patterns: tuple[str, ...], verb: str) -> str:
+    """The pattern that was given, else the first of `patterns` that names shards."""
+    for pattern in (given,) if given else patterns:
         try:
             expand_shards(os.path.join(data, pattern))
         except ValueError:
+            if given:
+                raise
             continue
-        return fits, os.path.join(data, pattern)
-    raise ValueError(f"{data} holds none of {', '.join(TEST)}; name the shards to test on with --test")
+        return os.path.join(data, pattern)
+    option = "--train" if verb == "fit" else "--test"
+    raise ValueError(
+        f"{data} holds none of {', '.join(patterns)}; name the shards to {verb} on with {option}"
+    )
+
+
+def refuse_overlap(names: tuple[str, str]) -> None:
+    train, test = (set(map(str, expand_shards(pattern))) for pattern in names)
+    if both := sorted(train & test):
+        raise ValueError(
+            f"{names[0]} and {names[1]} both name {both[0]}; what is fitted on says nothing when it is tested on: "
+            "name other shards with --train and --test"
+        )
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------
@@ -168,6 +187,36 @@ def measure(
     say: Say,
 ) -> list[Row]:
     """Rows of one network."""
+    with said_once(logging.getLogger("d2v_ds.convert.features")):
+        return measure_features(kind, weights, encoder, parts, training, batch, unreadable, say)
+
+
+@contextmanager
+def said_once(log: logging.Logger) -> Iterator[None]:
+    """The first warning alone: each batch has one about texts that are cut."""
+    seen: list[logging.LogRecord] = []
+
+    def first(record: logging.LogRecord) -> bool:
+        seen.append(record)
+        return len(seen) == 1
+
+    log.addFilter(first)
+    try:
+        yield
+    finally:
+        log.removeFilter(first)
+
+
+def measure_features(
+    kind: str,
+    weights: str,
+    encoder: Encoder,
+    parts: list[Part],
+    training: Training,
+    batch: int,
+    unreadable: list[Bad],
+    say: Say,
+) -> list[Row]:
     if kind == "attentive":
         tokens = [tokens_of(encoder, part, batch, unreadable) for part in parts]
         return [{"weights": weights, **judge(kind, "last", tokens, parts, training, encoder, say)}]

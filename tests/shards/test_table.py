@@ -49,7 +49,7 @@ def test_every_kind_of_table_gives_the_same_samples(tmp_path):
         found = make(write(tmp_path / f"mine.{kind}", ROWS), out)
         assert [s | {"text_b": s["text_b"].strip()} for s in EXPECTED] == found
         assert json.loads((out / "classes.json").read_text()) == CLASSES
-        assert [path.name for path in out.glob("*.tar")] == ["mine-train-000000.tar"]
+        assert [path.name for path in out.glob("*.tar")] == ["texts-train-000000.tar"]
 
 
 def test_columns_classes_and_splits_are_as_they_are_named(tmp_path):

@@ -106,6 +106,7 @@ def test_what_cannot_be_evaluated_is_an_error_that_says_why(model):
     assert "is no integer; name another member or key" in refused(label="txt")
     assert "has no 'absent'" in refused(label="json.absent")
     assert "text-train" in refused(train="text-train-000000.tar")  # holds no image
+    assert "both name" in refused(train="multimodal-*.tar")
     assert "nowhere" in refused(data=Path("nowhere"))
     assert "must be 1 or more" in refused(samples=0)
 
