@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,7 +72,7 @@ class D2vModalitiesConfig:
 
 
 class Data2VecMultiConfig(Settings):
-    """`modalities`: a D2vModalitiesConfig. `supported_modality`: whose the model is, where the model is not told."""
+    """`modalities`: a D2vModalitiesConfig, or a dict of dicts as in yaml files. `supported_modality`: whose the model is, where the model is not told."""
 
     modalities = D2vModalitiesConfig
     supported_modality = None
@@ -229,12 +230,26 @@ def translate(
         settings = merge(settings, shared, "Data2VecMultiConfig")
         if "embed_dim" in part:  # images say it twice
             part["embed_dim"] = settings["embed_dim"]
-        for given in (vars(getattr(cfg.modalities, name)), vars(own[name]) if name in own else {}):
+        for given in (settings_of(cfg.modalities, name), settings_of(own, name)):
             part = merge(part, given, f"D2v{name.capitalize()}Config")
         settings["modalities"][name] = part
         body, config = fairseq.our_config(settings)
         configs |= config
     return body, configs
+
+
+def settings_of(modalities: Any, name: str) -> dict[str, Any]:
+    """What is set for a modality, by name in a mapping (as yaml files are read) or as an attribute."""
+    if isinstance(modalities, Mapping):
+        for key in modalities:
+            if key not in (*MODALITIES, "_name"):
+                raise ValueError(f"modalities has no '{key}'{nearest(str(key), MODALITIES)}")
+        given = modalities.get(name)
+    else:
+        given = getattr(modalities, name, None)
+    if given is None:
+        return {}
+    return dict(given) if isinstance(given, Mapping) else vars(given)
 
 
 def released(name: str, is_alone: bool) -> Recipe:
@@ -245,11 +260,14 @@ def released(name: str, is_alone: bool) -> Recipe:
 
 def merge(settings: dict[str, Any], given: dict[str, Any], what: str) -> dict[str, Any]:
     for key in given:
-        if key not in settings:
+        if key not in settings and key != "_name":  # which fairseq has in every group
             raise ValueError(f"{what} has no setting '{key}'{nearest(key, settings)}")
     merged = copy.deepcopy(settings)
     for key, value in given.items():
+        if key == "_name":
+            continue
         nested = vars(value) if isinstance(value, SimpleNamespace) else value
+        nested = dict(nested) if isinstance(nested, Mapping) else nested
         is_group = isinstance(nested, dict) and isinstance(merged[key], dict)
         merged[key] = merge(merged[key], nested, f"{what}.{key}") if is_group else nested
     return merged

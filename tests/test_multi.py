@@ -104,6 +104,20 @@ def test_settings_of_a_modality_stand_in_the_configuration_or_in_the_modality():
 # ---- numbers ----
 
 
+def test_modalities_may_be_dicts_as_in_yaml_files():
+    """The released section as it stands but for sizes; what it does not say is as released."""
+    section = json.loads((GOLDEN / "image_cb4.json").read_text())["released_model_section"]
+    section |= SMALL | {"average_top_k_layers": 2, "_name": "data2vec_multi"}
+    section["modalities"] = {"_name": None, "image": section["modalities"]["image"] | {"patch_size": 32}}
+    model = Data2VecMultiModel(Data2VecMultiConfig(**section))
+    assert model.configs["image"].patch == 32 and model.configs["image"].decoder.kernel == 3
+    section["modalities"]["image"]["patchsize"] = 8
+    with pytest.raises(ValueError, match="did you mean 'patch_size'"):
+        Data2VecMultiModel(Data2VecMultiConfig(**section))
+    with pytest.raises(ValueError, match="modalities has no 'images'; did you mean 'image'"):
+        Data2VecMultiModel(Data2VecMultiConfig(modalities={"images": {}}), "image")
+
+
 @pytest.mark.parametrize("name", MODALITIES)
 @torch.no_grad()
 def test_features_are_the_recorded_ones(name):
