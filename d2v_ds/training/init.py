@@ -38,6 +38,8 @@ TRAINING = {
 BODY = ("dim", "depth", "heads", "mlp_ratio", "norm_eps", "norm_first", "layer_scale", "qkv_bias")
 DECISIVE = ("heads", "norm_first", "conv_layers", "position_width")
 """Weights of equal shapes mean something else if these differ."""
+CONVOLUTIONS = {"kernel", "groups", "residual"}
+"""Of a decoder; no setting of one without convolutions, as those of v1 are."""
 
 
 @dataclass
@@ -187,11 +189,18 @@ def differences(recipe: Recipe, other: Recipe, modalities: list[str]) -> list[tu
     """(key, ours, theirs) of settings that say what weights mean and how many there are."""
     found = []
     ours, theirs = dotted_keys(recipe), dotted_keys(other)
+    projections = {
+        name
+        for name in modalities
+        if recipe.modalities[name].decoder.layers == other.modalities[name].decoder.layers == 0
+    }
     for key in sorted(ours.keys() | theirs.keys()):
         group, _, rest = key.partition(".")
         name, _, setting = rest.partition(".")
         is_meant = group == "body" and rest in BODY
         is_meant |= group == "modalities" and name in modalities and not TRAINING & set(setting.split("."))
+        part, _, last = setting.partition(".")
+        is_meant &= not (name in projections and part == "decoder" and last in CONVOLUTIONS)
         is_group = any(other.startswith(f"{key}.") for other in ours.keys() | theirs.keys())  # absent in one
         if is_meant and not is_group and ours.get(key) != theirs.get(key):
             found.append((key, ours.get(key), theirs.get(key)))

@@ -400,6 +400,13 @@ def test_a_folder_of_hugging_face_starts_a_run(case, updates, tmp_path):
         assert words in text_of(start)
 
 
+def test_groups_of_convolutions_that_a_decoder_does_not_have_are_not_mentioned(tmp_path):
+    torch.save(pretrained("v1_audio"), tmp_path / "a.pt")
+    recipe = read(tmp_path / "a.pt").recipe.model_copy(update={"init": str(tmp_path / "a.pt")}, deep=True)
+    recipe.modalities["audio"].decoder.groups = 16
+    assert "decoder" not in text_of(read_start(recipe))
+
+
 def test_a_fine_tuned_model_starts_a_run_without_its_head(run, exports, tmp_path):
     """And with a fresh decoder."""
     out = tmp_path / "image"
