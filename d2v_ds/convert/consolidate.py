@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -19,16 +16,15 @@ import torch
 from torch import Tensor
 
 from d2v_ds.convert.check import check_same
-from d2v_ds.convert.sharded import SHARD_BYTES, WEIGHT_FILES, Shapes, parse_dtype, write_weights
+from d2v_ds.convert.folder import FORMAT, TOKENIZERS, check_out, staged
+from d2v_ds.convert.sharded import SHARD_BYTES, Shapes, parse_dtype, write_weights
 from d2v_ds.convert.stored import Stored
 from d2v_ds.engine.checkpoint import Checkpoint, damage, newest
 from d2v_ds.model.data2vec import TEACHER
 from d2v_ds.recipe import Recipe
 
-FORMAT = "d2v_ds"
 FORMATS = ("safetensors", "hf", "fairseq", "onnx")
 Weights = Literal["student", "teacher", "both"]
-TOKENIZERS = ("*.model", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "dict*.txt")
 LICENCE = (
     "These weights were imported: they have the licence of their source, which the file does not tell. If Meta "
     "released them: fairseq's README puts pre-trained models under MIT, but the README of its data2vec those of "
@@ -91,7 +87,7 @@ def export(
 
     path, out = Path(path), Path(out)
     check_format(format, modality)
-    check_out(out)
+    check_out(out, format)
     parse_dtype(dtype)
     if format != "safetensors" and dtype != "fp32":
         raise ValueError(
@@ -145,7 +141,7 @@ def export_run(path: Path, out: Path, weights: Weights, dtype: str, shard_bytes:
     names = choose_names(checkpoint, weights)
     shapes = {name: checkpoint.shape(theirs) for name, theirs in names.items()}
     stored = describe_run(checkpoint, weights)
-    with staged(out, WEIGHT_FILES) as folder:
+    with staged(out, "safetensors") as folder:
         write_weights(
             folder, shapes, lambda name: checkpoint.tensor(names[name]), parse_dtype(dtype), shard_bytes
         )
@@ -172,7 +168,7 @@ def write_export(stored: Stored, out: str | Path, dtype: str = "fp32") -> Path:
     """
     out = Path(out)
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.tensors.items()}
-    with staged(out, WEIGHT_FILES) as folder:
+    with staged(out, "safetensors") as folder:
         write_weights(folder, shapes, stored.tensors.__getitem__, parse_dtype(dtype))
         write_rest(stored, folder, shapes, dtype, stored.step)
         check_export(stored, folder, parse_dtype(dtype))
@@ -222,37 +218,12 @@ def check_export(stored: Stored, out: Path, dtype: torch.dtype) -> None:
 def write_checked_fairseq(stored: Stored, out: Path) -> Path:
     from d2v_ds.convert.fairseq_file import read_fairseq, write_fairseq
 
-    with staged(out) as folder:
+    with staged(out, "fairseq") as folder:
         file = write_fairseq(stored, folder)
         check_same(stored, read_fairseq(file))
         copy_tokenizer(stored, folder)
         write_card(stored, folder, f'd2v_ds.load("THIS_FOLDER/{file.name}")')
     return out
-
-
-def check_out(out: Path) -> None:
-    """ValueError for a place where no export can lie: a file, below a file, or a run, which it would hide."""
-    file = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
-    if file is not None:
-        raise ValueError(f"--out {out} cannot be a folder: {file} is a file; name another one")
-    if any(out.glob("step_*")) or (out / "manifest.json").is_file():
-        raise ValueError(f"--out {out} is a run; name another folder, such as {out / 'export'}")
-
-
-@contextmanager
-def staged(out: Path, replaced: tuple[str, ...] = ()) -> Iterator[Path]:
-    """A folder beside `out`; its files take their place there once all went well, or nothing does. Older files there
-    that match `replaced` go."""
-    check_out(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".tmp-") as temporary:
-        yield Path(temporary)
-        out.mkdir(exist_ok=True)
-        for old in {file for pattern in replaced for file in out.glob(pattern)}:
-            old.unlink()
-        for file in Path(temporary).iterdir():
-            file.chmod(0o644)  # safetensors makes files that only their owner reads
-            file.replace(out / file.name)
 
 
 def tokenizers(run: Path) -> list[Path]:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from d2v_ds.convert.consolidate import (
-    FORMAT,
     checkpoints_in,
     collect_weights,
     describe_run,
@@ -25,6 +24,7 @@ from d2v_ds.convert.consolidate import (
 )
 from d2v_ds.convert.features import Encoder, Features, mean_pool
 from d2v_ds.convert.fit import fit
+from d2v_ds.convert.folder import FORMAT
 from d2v_ds.convert.sharded import read_weights
 from d2v_ds.convert.stored import Stored
 from d2v_ds.modalities import samples_class

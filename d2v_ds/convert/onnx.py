@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from d2v_ds.convert.consolidate import LICENCE, copy_tokenizer
 from d2v_ds.convert.features import Encoder
+from d2v_ds.convert.folder import staged
 from d2v_ds.convert.load import build_encoder
 from d2v_ds.convert.single import draw_rows, largest_difference, modality_of, single
 from d2v_ds.convert.stored import Stored
@@ -91,9 +91,7 @@ def write_onnx(
     name, _ = modality_of(stored)
     encoder = build_encoder(stored, name, out).eval()
     graph = Graph(encoder).eval()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".tmp-") as temporary:
-        folder = Path(temporary)
+    with staged(out, "onnx") as folder:
         trace(graph, folder / "model.onnx", *inputs_of(stored, TRACED))
         found = check(graph, folder / "model.onnx", stored)
         config = settings(stored, found)
@@ -101,10 +99,6 @@ def write_onnx(
         (folder / "README.md").write_text(card(stored, config), encoding="utf-8")
         if name == "text":
             copy_tokenizer(stored, folder)
-        out.mkdir(exist_ok=True)
-        for file in folder.iterdir():
-            file.chmod(0o644)
-            file.replace(out / file.name)
     return out
 
 

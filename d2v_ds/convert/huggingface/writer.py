@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2v_ds.convert.features import Encoder
+from d2v_ds.convert.folder import staged
 from d2v_ds.convert.huggingface import native, own
 from d2v_ds.convert.huggingface.card import HEAD_CLASSES, card
 from d2v_ds.convert.huggingface.processors import (
@@ -51,16 +51,9 @@ def write_huggingface(
     stored, out = single(stored, modality, weights), Path(out)
     misfit = native.misfit(stored)
     layout = own if misfit else native
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".tmp-") as temporary:
-        folder = Path(temporary) / out.name  # the same name: transformers names modules after it
-        folder.mkdir()
+    with staged(out, "hf") as folder:
         write(stored, folder, layout, misfit)
         check(stored, folder, NATIVE_TOLERANCE if layout is native else TOLERANCE)
-        out.mkdir(exist_ok=True)
-        for file in folder.iterdir():
-            file.chmod(0o644)
-            file.replace(out / file.name)
     return out
 
 
