@@ -111,7 +111,7 @@ def our_config(cfg: dict[str, Any]) -> tuple[Body, dict[str, ModalityConfig]]:
 
     Raises ValueError for settings that no released model uses and that we do not have.
     """
-    refuse(cfg, norm_affine=True, shared_decoder=None, recon_loss=0)
+    refuse(cfg, norm_affine=True, shared_decoder=None, recon_loss=0, d2v_loss=1)
     if cfg["layer_norm_first"]:
         raise ValueError(
             "fairseq setting layer_norm_first=True is not supported: its pre-norm block loses the residual, so "

@@ -601,6 +601,7 @@ def test_a_beit_like_file_whose_sizes_cannot_be_told_is_refused(change: dict, re
         ({"shared_decoder": {"decoder_dim": 384}}, "shared_decoder"),
         ({"norm_affine": False}, "norm_affine=False is not supported"),
         ({"recon_loss": 0.1}, "recon_loss=0.1 is not supported"),
+        ({"d2v_loss": 0.5}, "d2v_loss=0.5 is not supported"),
         ({"embed_dim": 33}, "multiple of body.heads"),
         ({"depth": 5}, "missing: blocks.4.attn.qkv.weight"),
         ({"depth": 3, "average_top_k_layers": 2}, "24 unexpected: _ema.blocks.3.attn.proj.bias"),
