@@ -62,8 +62,8 @@ def check_out(out: Path, format: str) -> None:  # noqa: A002
     found = format_of(out)
     if found not in (None, format):
         raise ValueError(
-            f"--out {out} holds an export of format {found}, and a folder holds one format: name another folder "
-            f"than for {found}, such as {out.with_name(f'{out.name}_{format}')}, or remove it first"
+            f"--out {out} holds an export of format {found}, and a folder holds one format: name another "
+            f"folder, such as {out.with_name(f'{out.name}_{format}')}, or remove it first"
         )
 
 

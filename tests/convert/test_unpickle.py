@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import pretrained
 from torch_files import FORMATS, equal, save, write_legacy, write_zip
 
+from d2v_ds.convert.load import read
 from d2v_ds.convert.unpickle import read_torch_file
 
 DTYPES = [
@@ -178,6 +180,28 @@ def test_a_damaged_archive_is_refused_or_read_rightly(count, tmp_path):
 def test_a_cut_file_of_the_old_format_is_refused(count, tmp_path):
     """It has no checksums, so of flipped bits no such thing can be said."""
     assert outcomes(tmp_path, "legacy", (True,), count) == {"refused": count, "right": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cut", "flipped", "old format cut"])
+@pytest.mark.parametrize("case", ["image_cb4", "v1_audio"])
+def test_a_damaged_checkpoint_is_refused_or_imported_as_it_was(case, kind, tmp_path):
+    """1,000 of each kind, 2.0 and v1, through the whole import: settings, tensors and updates."""
+    is_cut, format = kind != "flipped", "legacy" if kind.startswith("old") else "zip"
+    path = save(tmp_path / "a.pt", pretrained(case), format)
+    content, expected, generator, refused = path.read_bytes(), read(path), random.Random(f"{case} {kind}"), 0
+    for number in range(1000):
+        path.write_bytes(damage(content, generator, is_cut))
+        started = time.monotonic()
+        try:
+            ours = read(path)
+        except ValueError:
+            refused += 1
+        else:
+            assert equal(ours.tensors, expected.tensors), f"number {number} was read, wrongly"
+            assert (ours.recipe, ours.step, ours.origin) == (expected.recipe, expected.step, expected.origin)
+        assert time.monotonic() - started < 10
+    assert refused == 1000 if is_cut else refused > 500
 
 
 def test_flipped_bits_of_the_old_format_are_no_crash(tmp_path):
