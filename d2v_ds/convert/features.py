@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_ds.modalities import inputs
+from d2v_ds.modalities.audio.vocabulary import join_symbols
 from d2v_ds.modalities.prepared import Prepared
 from d2v_ds.model.data2vec import Data2Vec
 from d2v_ds.model.heads import HeadConfig
@@ -136,7 +137,7 @@ class Encoder(nn.Module):
             paths = [spell(row.tolist()) for row in logits.argmax(dim=-1)]
             if self.head_config.labels is None:
                 return paths
-            return ["".join(labels[i] for i in path).replace("|", " ").strip() for path in paths]
+            return [join_symbols(labels[i] for i in path) for path in paths]
         if self.head_config.outputs == 1:
             return logits[:, 0].tolist()
         return [labels[i] for i in logits.argmax(dim=-1).tolist()]
