@@ -7,6 +7,7 @@ from setuptools import find_namespace_packages, setup
 HF = ["transformers>=4.57,<6"]  # d2v export --format hf
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]  # d2v export --format onnx
 EVAL = ["jiwer>=3,<5"]  # d2v eval ctc
+CTC = [*EVAL, "flashlight-text>=0.0.7,<0.1"]  # d2v eval ctc --decoder beam; its wheels bring KenLM
 
 REMOTE = [
     "fsspec[http]>=2025.3",
@@ -50,8 +51,9 @@ setup(
         "hf": HF,
         "onnx": ONNX,
         "eval": EVAL,
+        "ctc": CTC,
         "remote": REMOTE,
-        "dev": ["pytest>=8", "ruff>=0.6", "moto[s3,server]>=5", *HF, *ONNX, *EVAL, *REMOTE],
+        "dev": ["pytest>=8", "ruff>=0.6", "moto[s3,server]>=5", *HF, *ONNX, *CTC, *REMOTE],
     },
     entry_points={"console_scripts": ["d2v=d2v_ds.cli:main"]},
 )

@@ -214,8 +214,28 @@ def add_tuned(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument(
         "--workers", type=int, default=None, help="threads that decode (default: cores, at most 8)"
     )
+    if kind == "ctc":
+        add_search(parser)
     add_evaluation(parser, kind)
     parser.set_defaults(run=run_glue if kind == "glue" else run_eval)
+
+
+def add_search(parser: argparse.ArgumentParser) -> None:
+    """How transcripts are found."""
+    parser.add_argument(
+        "--decoder", choices=("greedy", "beam"), default="greedy", help="the best path (default), or a search"
+    )
+    parser.add_argument("--lm", default=None, help="of a beam: n-gram model of words, ARPA or KenLM binary")
+    parser.add_argument(
+        "--lexicon", default=None, help="lines 'word symbol symbol ...' (default: the words of an ARPA file)"
+    )
+    parser.add_argument("--beam", type=int, default=None, help="hypotheses kept (default: 50; papers: 1500)")
+    parser.add_argument(
+        "--threshold", type=float, default=None, help="worse than the best by more: dropped (default: 50)"
+    )
+    parser.add_argument("--lm-weight", type=float, default=None, help="of the language model (default: 2)")
+    parser.add_argument("--word-score", type=float, default=None, help="for each word (default: -1)")
+    parser.add_argument("--silence", type=float, default=None, help="for each space (default: 0)")
 
 
 def add_shards(parser: argparse.ArgumentParser) -> None:
@@ -351,8 +371,28 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from d2v_ds.tasks.evaluate import evaluate, format_result
 
     options = {k: v for k, v in vars(arguments).items() if k not in ("run", "kind", "model", "data")}
+    if arguments.kind == "ctc":
+        options["search"] = read_search(options)
     print(format_result(evaluate(arguments.kind, arguments.model, arguments.data, **options)))
     return 0
+
+
+def read_search(options: dict[str, Any]) -> Any:
+    """Takes the settings of a beam out of the options; None = the best path."""
+    from pydantic import ValidationError
+
+    from d2v_ds.config import explain
+    from d2v_ds.tasks.beam import Beam
+
+    given = {key: value for key in Beam.model_fields if (value := options.pop(key)) is not None}
+    if options.pop("decoder") == "beam":
+        try:
+            return Beam(**given)
+        except ValidationError as error:
+            raise explain(error, Beam.model_fields, "d2v eval ctc") from error
+    if given:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} is for a beam: add --decoder beam")
+    return None
 
 
 def run_glue(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from d2v_ds.convert.features import Encoder
 from d2v_ds.convert.load import load
+from d2v_ds.tasks.beam import Beam, BeamDecoder
 from d2v_ds.tasks.embed import best_device
 from d2v_ds.tasks.groups import Ready, make_groups, prepare
 from d2v_ds.tasks.items import Items, open_items
@@ -36,12 +38,13 @@ def evaluate(
     batch: int = 32,
     device: str | None = None,
     workers: int | None = None,
+    search: Beam | None = None,
 ) -> dict[str, Any]:
     """Metrics of a model with a head on labelled shards, written to `out` as JSON too, if it is named.
 
-    `classify`: accuracy, and top5_accuracy of heads with more than five outputs. `ctc`: wer and cer of the best
-    path, over all words and characters (jiwer). Samples that cannot be decoded are counted as `unreadable`, with
-    their names, and take no part.
+    `classify`: accuracy, and top5_accuracy of heads with more than five outputs. `ctc`: wer and cer over all words and
+    characters (jiwer), of the best path or of what `search` finds. Samples that cannot be decoded are counted as
+    `unreadable`, with their names, and take no part.
 
     Raises ValueError, before the model runs, if the model has no head or one of the other kind, or for a sample
     without a label, a class that the head does not have, or a transcript with symbols that it cannot write.
@@ -52,13 +55,16 @@ def evaluate(
         raise ValueError(f"--batch {batch} must be 1 or more")
     encoder = load(model, modality, device=device or best_device())
     check_head(encoder, kind)
+    decode = None
     if kind == "ctc":
         import_jiwer()
+        decode = (
+            best_path(encoder) if search is None else BeamDecoder(encoder.head_config.labels, search).decode
+        )
     label = label or LABELS[kind]
     items = open_items(data, encoder.modality, encoder.samples, label)
     read = read_classes if kind == "classify" else read_transcripts
     truths = read(items, encoder, label)
-    score = score_classes if kind == "classify" else score_transcripts
     unreadable: list[Bad] = []
     said: list[tuple[Any, Any]] = []
     for group in make_groups(prepare(encoder, items, 0, workers), encoder, batch):
@@ -77,7 +83,7 @@ def evaluate(
         "model": str(model),
         "data": str(data),
         "samples": len(said),
-        **score(encoder, said),
+        **(score_classes(said) if decode is None else score_transcripts(decode, said)),
         "unreadable": [bad._asdict() for bad in unreadable],
     }
     if out is not None:
@@ -175,7 +181,7 @@ def read_transcripts(items: Items, encoder: Encoder, label: str) -> list[str]:
 # ---- how much of it the model says -----------------------------------------------------------------------------
 
 
-def score_classes(encoder: Encoder, said: list[tuple[Tensor, int]]) -> dict[str, float]:
+def score_classes(said: list[tuple[Tensor, int]]) -> dict[str, float]:
     logits_BC, truth_B = torch.stack([row for row, _ in said]), torch.tensor([truth for _, truth in said])
     found = {"accuracy": (logits_BC.argmax(dim=1) == truth_B).double().mean().item()}
     if logits_BC.shape[1] > 5:
@@ -184,11 +190,16 @@ def score_classes(encoder: Encoder, said: list[tuple[Tensor, int]]) -> dict[str,
     return found
 
 
-def score_transcripts(encoder: Encoder, said: list[tuple[Tensor, str]]) -> dict[str, float]:
+def score_transcripts(decode: Callable[[Tensor], str], said: list[tuple[Tensor, str]]) -> dict[str, float]:
+    """`decode` gives the text of logits (T, C)."""
     jiwer = import_jiwer()
-    texts = [encoder.decide(row[None])[0] for row, _ in said]
+    texts = [decode(row) for row, _ in said]
     truths = [truth for _, truth in said]
     return {"wer": jiwer.wer(truths, texts), "cer": jiwer.cer(truths, texts)}
+
+
+def best_path(encoder: Encoder) -> Callable[[Tensor], str]:
+    return lambda logits_TC: encoder.decide(logits_TC[None])[0]
 
 
 def import_jiwer() -> ModuleType:

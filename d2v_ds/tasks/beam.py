@@ -1,0 +1,179 @@
+"""CTC decoding by beam search with a lexicon and an n-gram language model: torchaudio's decoder, on flashlight-text.
+
+A language model is an ARPA file or a KenLM binary, of words. A lexicon says how each word is spelt in symbols of the
+head; an ARPA file is its own lexicon, since its words are listed in it. Without either, symbols are searched freely.
+"""
+
+from __future__ import annotations
+
+import gzip
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+
+from d2v_ds.config import Config
+from d2v_ds.modalities.audio.vocabulary import SPACE, WORD, join_symbols
+
+REMEDY = "pip install 'd2v_ds[ctc]'"
+NO_WORDS = {"<s>", "</s>", "<unk>", "<UNK>"}
+
+
+class Beam(Config):
+    """How to search; scores are added to the log probabilities of the symbols."""
+
+    lm: str | None = None
+    """ARPA file or KenLM binary, of words."""
+    lexicon: str | None = None
+    """A word and its symbols a line; None = the words of the ARPA file."""
+    beam: PositiveInt = 50
+    """Hypotheses that are kept after each frame."""
+    threshold: PositiveFloat = 50.0
+    """Those this much worse than the best are dropped."""
+    lm_weight: float = 2.0
+    word_score: float = -1.0
+    """Added for each word of a lexicon."""
+    silence: float = 0.0
+    """Added for each space between words."""
+
+
+class BeamDecoder:
+    """`decode(logits_TC)` gives a text. Symbol 0 is the blank.
+
+    Raises ValueError if the search's library is missing, a file cannot be read or no word of it can be spelt.
+    """
+
+    def __init__(self, symbols: tuple[str, ...], settings: Beam):
+        self.symbols, self.has_lexicon = symbols, bool(settings.lm or settings.lexicon)
+        for path in filter(None, (settings.lm, settings.lexicon)):
+            if not Path(path).is_file():
+                raise ValueError(f"{path} does not exist; give an ARPA file or KenLM binary, and a lexicon")
+        build = import_decoder(bool(settings.lm))
+        spelt = spellings(symbols, settings) if self.has_lexicon else None
+        space = SPACE if SPACE in symbols else symbols[0]  # of pieces, which need none, the blank
+        with tempfile.TemporaryDirectory() as folder:
+            lexicon = None
+            if spelt is not None:
+                lexicon = Path(folder) / "lexicon.txt"
+                lexicon.write_text("".join(f"{word}\t{' '.join(s)}\n" for word, s in spelt), encoding="utf-8")
+            try:
+                self.search = build(
+                    lexicon=None if lexicon is None else str(lexicon),
+                    tokens=list(symbols),
+                    lm=settings.lm,
+                    beam_size=settings.beam,
+                    beam_threshold=settings.threshold,
+                    lm_weight=settings.lm_weight,
+                    word_score=settings.word_score,
+                    sil_score=settings.silence,
+                    blank_token=symbols[0],
+                    sil_token=space,
+                )
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"{settings.lm or settings.lexicon}: {error}; a language model is an ARPA file or a KenLM binary"
+                ) from error
+
+    def decode(self, logits_TC: Tensor) -> str:
+        scores_BTC = torch.log_softmax(logits_TC.float().cpu(), dim=-1)[None].contiguous()
+        (found,) = self.search(scores_BTC)
+        if not found:
+            return ""
+        if self.has_lexicon:
+            words = " ".join(found[0].words)
+            return words.upper() if is_upper(self.symbols) else words
+        return join_symbols(self.symbols[i] for i in found[0].tokens.tolist())
+
+
+def is_upper(symbols: tuple[str, ...]) -> bool:
+    """No letter is small."""
+    return not any(len(symbol) == 1 and symbol.islower() for symbol in symbols)
+
+
+def import_decoder(needs_lm: bool) -> Any:
+    """torchaudio's builder of decoders."""
+    try:
+        import flashlight.lib.text.decoder  # noqa: F401
+
+        if needs_lm:
+            import flashlight.lib.text.decoder.kenlm  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"beam search needs flashlight-text with KenLM: {REMEDY}") from error
+    from torchaudio.models.decoder import ctc_decoder
+
+    return ctc_decoder
+
+
+def spellings(symbols: tuple[str, ...], settings: Beam) -> list[tuple[str, list[str]]]:
+    """Words and their symbols; of an ARPA file those that the head can write, in capitals if it has only those."""
+    if settings.lexicon:
+        return list(read_lexicon(Path(settings.lexicon), symbols))
+    known = set(symbols)
+    if SPACE not in known:
+        raise ValueError(
+            f"{settings.lm}: how its words are spelt in pieces is not known; name a lexicon: lines 'word piece piece'"
+        )
+    words = list(read_words(Path(settings.lm)))
+    spelt = [(word, [*(word.upper() if is_upper(symbols) else word), SPACE]) for word in words]
+    spelt = [(word, letters) for word, letters in spelt if known.issuperset(letters)]
+    if not spelt:
+        raise ValueError(
+            f"{settings.lm}: the model can write none of its {len(words)} words, such as {', '.join(words[:3])}; "
+            "take a language model of the same letters, or name a lexicon"
+        )
+    return spelt
+
+
+def read_lexicon(path: Path, symbols: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    """`word symbol symbol ...` a line; `|` is added at its end if the head has it.
+
+    Raises ValueError for symbols that the head does not have.
+    """
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            word, *spelt = line.split() or [""]
+            if not word:
+                continue
+            if SPACE in symbols and spelt[-1:] != [SPACE]:
+                spelt.append(SPACE)
+            if len(spelt) < 2 and SPACE in symbols or not spelt:
+                raise ValueError(f"{path}, line {number}: {line.strip()!r} must be a word and its symbols")
+            if unknown := set(spelt) - set(symbols):
+                raise ValueError(
+                    f"{path}, line {number}: the model has no {', '.join(map(repr, sorted(unknown)[:8]))}; a line is "
+                    f"a word and its symbols, such as {example(symbols)}"
+                )
+            yield word, spelt
+
+
+def example(symbols: Iterable[str]) -> str:
+    return "'HELLO H E L L O |'" if SPACE in set(symbols) else f"'hello {WORD}he l lo'"
+
+
+def read_words(path: Path) -> Iterator[str]:
+    """The words of an ARPA file, plain or gzip."""
+    with open(path, "rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    inside = False
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if is_gzip else open(path, encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("\\"):
+                    if inside:
+                        return
+                    inside = line.strip() == "\\1-grams:"
+                elif inside and line.strip():
+                    word = line.split()[1]
+                    if word not in NO_WORDS:
+                        yield word
+        found = inside
+    except (UnicodeDecodeError, IndexError):
+        found = False
+    if not found:
+        raise ValueError(
+            f"{path} is no ARPA file; of a KenLM binary the words are not listed: name a lexicon, --lexicon"
+        )
