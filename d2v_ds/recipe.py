@@ -347,6 +347,10 @@ def override(recipe: Recipe, assignments: list[str] | tuple[str, ...]) -> Recipe
         if not is_known(key, text, leaves):
             raise ValueError(f"unknown key '{key}'{nearest(key, leaves)}")
         *parents, last = key.split(".")
+        if parents == ["modalities"] and parse_value(text) is None:
+            del settings["modalities"][last]  # modalities.audio=null: a joint recipe without it
+            leaves = {leaf: value for leaf, value in leaves.items() if not leaf.startswith(f"{key}.")}
+            continue
         target = settings
         for parent in parents:
             if target.get(parent) is None:

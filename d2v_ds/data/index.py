@@ -22,6 +22,7 @@ import numpy as np
 from d2v_ds.data.cache import RemoteShard
 from d2v_ds.data.lengths import Lengths, stored_row
 from d2v_ds.data.parallel import Progress, map_shards
+from d2v_ds.data.published import differences, missing_shards, rows_of
 from d2v_ds.data.reader import CorruptSample, Fields, ShardReader, parse_fields, samples_with
 from d2v_ds.data.remote import expand_url, is_url, settings
 from d2v_ds.data.shard import (
@@ -79,12 +80,22 @@ def ensure_index(
         workers = max(settings().connections, len(os.sched_getaffinity(0)))
     job = functools.partial(_index_shard, then=then)
     built = iter(map_shards(job, missing, workers, progress, "indexed"))
+    if lost := missing_shards([path for path in paths if isinstance(path, Path)]):
+        log.warning(
+            "%s: _info.json lists %d shards that are not there, %s for one",
+            lost[0].parent,
+            len(lost),
+            lost[0].name,
+        )
     return [next(built) if index is None else index for index in indexes]
 
 
 def _index_shard(shard: Shard, then: Callable[[ShardIndex], None] | None) -> ShardIndex:
     if not isinstance(shard, RemoteShard):
-        return build_index(shard)
+        index = build_index(shard)
+        for difference in differences(rows_of(shard), index.num_samples):
+            log.warning("%s: %s; `d2v verify` reads every byte of it", shard, difference)
+        return index
     index = index_remote(shard)
     if then:
         then(index)
@@ -302,17 +313,28 @@ def _expand(pattern: str) -> Iterator[Shard]:
         if not found:
             raise ValueError(
                 f"shard pattern {pattern!r}: {name} matches nothing; name tars, a folder that holds *.tar, "
-                "or a pattern with {000..003} or * that matches some"
+                f"or a pattern with {{000..003}} or * that matches some{_near(name)}"
             )
         yield from found
 
 
 def _expand_name(name: str) -> list[Path]:
+    """A name with brackets may be one; hidden files (of macOS: ._a.tar) are no shards."""
     if os.path.isdir(name):
-        return sorted(Path(name).glob("*.tar"))
-    if glob.has_magic(name):
-        return sorted(Path(path) for path in glob.glob(name))
-    return [Path(name)] if os.path.isfile(name) else []
+        return sorted(path for path in Path(name).glob("*.tar") if not path.name.startswith("."))
+    if os.path.isfile(name):
+        return [Path(name)]
+    return sorted(map(Path, glob.glob(name, recursive=True)))
+
+
+def _near(name: str) -> str:
+    """Where tars are, when none are where they were looked for."""
+    folder = Path(name if os.path.isdir(name) else os.path.dirname(name) or ".")
+    below = sorted({str(path.parent) for path in folder.glob("*/*.tar")})
+    beside = sorted(path.name for path in folder.glob("*.tar"))
+    if beside:
+        return f". {folder} holds {len(beside)} tars: {', '.join(beside[:3])}{', ...' * (len(beside) > 3)}"
+    return f". Below it there are tars in {', '.join(below[:3])}" if below else ""
 
 
 def _name(paths: list[Shard]) -> str:

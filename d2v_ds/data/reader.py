@@ -149,10 +149,14 @@ class ShardReader:
             value = json.loads(content).get(key)
         except (ValueError, AttributeError) as error:
             raise self.corrupt(sample, "its JSON is not an object") from error
-        if value is None and may_be_absent:
+        if value in (None, []) and may_be_absent:
             return b""
         if value is None:
             raise self.corrupt(sample, f"its JSON has no {key!r}")
+        if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+            value = "\n".join(
+                value
+            )  # several captions of one sound, as LAION's CLAP has them: all of them, in lines
         return (value if isinstance(value, str) else json.dumps(value)).encode()
 
     def corrupt(self, sample: int, reason: str) -> CorruptSample:

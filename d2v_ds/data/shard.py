@@ -10,6 +10,7 @@ pickled.
 import hashlib
 import io
 import json
+import logging
 import mmap
 import os
 import uuid
@@ -25,6 +26,8 @@ from d2v_ds.data.cache import RemoteShard, acquire, fetch_beside, remote_size
 from d2v_ds.data.scan import MEMBER, scan_tar
 
 VERSION = 1
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ def build_index(path: Path, name: str | None = None) -> ShardIndex:
         "members_sha256": hashlib.sha256(members).hexdigest(),
         "sidecars": {"members.npy": len(members), "idx": len(offsets)},
     }
-    folder = _writable_folder(path)
+    folder = _index_folder(path, offsets)
     sidecar(folder, path, "json").unlink(missing_ok=True)
     write_atomically(sidecar(folder, path, "members.npy"), members)
     write_atomically(sidecar(folder, path, "idx"), offsets)
@@ -240,6 +243,32 @@ def npy_bytes(array: np.ndarray) -> bytes:
 def _writable_folder(path: Path) -> Path:
     if is_writable(path.parent):
         return path.parent
+    folder = cache_folder(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _index_folder(path: Path, offsets: bytes) -> Path:
+    """Where a new index goes: beside the tar, unless a .tar.idx of another tool is there that says something else, for
+    what that tool reads must stay as it is."""
+    folder = _writable_folder(path)
+    theirs = sidecar(path.parent, path, "idx")
+    if sidecar(path.parent, path, "members.npy").exists() or not theirs.exists():
+        return folder
+    content = theirs.read_bytes()
+    if content == offsets:
+        return folder
+    count, found = len(content) // 8 - 1, len(offsets) // 8 - 1
+    if (
+        content[: 8 * found] != offsets[:-8] or count != found
+    ):  # else only the end differs, which some put elsewhere
+        log.warning(
+            "%s names other samples than the tar has (%d, %d were found): it is of another tar, or of a tool that "
+            "groups members otherwise; it is not used, and stays as it is",
+            theirs,
+            count,
+            found,
+        )
     folder = cache_folder(path)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

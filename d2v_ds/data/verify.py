@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,12 +19,10 @@ from d2v_ds.data import remote
 from d2v_ds.data.cache import RemoteShard, acquire, drop
 from d2v_ds.data.index import Shard
 from d2v_ds.data.parallel import Progress, map_shards
+from d2v_ds.data.published import Published, published_rows, rows_of
 from d2v_ds.data.reader import CorruptSample, ShardReader
 from d2v_ds.data.scan import MEMBER, Scan, scan_tar
 from d2v_ds.data.shard import ShardIndex, find_remote_index, read_record, stored_index
-
-Published = dict[str, list[dict[str, Any]]]
-"""name of a shard -> what was published of it"""
 
 SHOWN = 20
 """Samples of a shard that are named."""
@@ -49,9 +46,8 @@ def verify_shards(
     paths: list[Shard], workers: int | None = None, progress: Progress | None = print
 ) -> list[Report]:
     """One report for each shard, in their order."""
-    published = {
-        folder: _published(folder, shard) for folder, shard in {_folder(s): s for s in paths}.items()
-    }
+    folders = {_folder(shard): shard for shard in paths if isinstance(shard, RemoteShard)}
+    published = {folder: _published(folder, shard) for folder, shard in folders.items()}
     job = functools.partial(verify_shard, published=published)
     return map_shards(job, paths, workers, progress, "verified")
 
@@ -59,10 +55,10 @@ def verify_shards(
 def verify_shard(shard: Shard, published: dict[str, Published]) -> Report:
     """Reads all of a shard; nothing that is wrong with it is raised."""
     report = Report(str(shard))
-    rows = published.get(_folder(shard), {}).get(shard.name, [])
     if not isinstance(shard, RemoteShard):
-        _verify_file(shard, rows, report)
+        _verify_file(shard, rows_of(shard), report)
         return report
+    rows = published.get(_folder(shard), {}).get(shard.name, [])
     try:
         find_remote_index(shard)
         if not drop(shard):
@@ -182,31 +178,12 @@ def _folder(shard: Shard) -> str:
     return str(shard).rpartition("/")[0]
 
 
-def _published(folder: str, shard: Shard) -> Published:
-    """Of each shard what files in its folder say: manifest.json of `d2v prepare`, _info.json of timm."""
-    rows: Published = {}
-    for split in _splits(folder, "manifest.json", shard):
-        for row in split.get("shards", ()):
-            rows.setdefault(row.get("file"), []).append({**row, "source": "manifest.json"})
-    for split in _splits(folder, "_info.json", shard):
-        for name, samples in zip(split.get("filenames", ()), split.get("shard_lengths", ()), strict=False):
-            rows.setdefault(name, []).append({"samples": samples, "source": "_info.json"})
-    return rows
+def _published(folder: str, shard: RemoteShard) -> Published:
+    """Of each shard what files in its folder say."""
+    return published_rows(functools.partial(_read, folder, shard=shard))
 
 
-def _splits(folder: str, name: str, shard: Shard) -> list[dict[str, Any]]:
-    content = _read(folder, name, shard)
-    try:
-        splits = json.loads(content)["splits"] if content else {}
-        return [split for split in splits.values() if isinstance(split, dict)]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return []  # of another tool
-
-
-def _read(folder: str, name: str, shard: Shard) -> bytes | None:
-    if not isinstance(shard, RemoteShard):
-        file = Path(folder) / name
-        return file.read_bytes() if file.is_file() else None
+def _read(folder: str, name: str, shard: RemoteShard) -> bytes | None:
     if shard.url.startswith("pipe:"):
         return None
     with remote.reading(shard.settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from d2v_ds.config import Config
 from d2v_ds.data import Corpus, Draw, Share, Source, deal, expand_shards
+from d2v_ds.data.published import energon_train
 from d2v_ds.modalities import samples_class
 from d2v_ds.model.batch import make_masked, make_views
 from d2v_ds.model.masking import draw_mask, fewest, pad_masks
@@ -75,9 +77,23 @@ class StreamConfig(Config):
 def shard_pattern(data: str, shards: str) -> str | list[str]:
     """`data` may be a folder (then `shards` names files in it) or a shard pattern of its own."""
     parts = data.split("::")
-    if any(part.endswith(".tar") or set(part) & set("*{?") or part.startswith("pipe:") for part in parts):
+    if any(not os.path.isdir(part) and _is_pattern(part) for part in parts):
         return data
-    return [os.path.join(part, name) for part in parts for name in shards.split("::")]
+    return [pattern for part in parts for pattern in _folder_patterns(part, shards)]
+
+
+def _is_pattern(part: str) -> bool:
+    return part.endswith(".tar") or bool(set(part) & set("*{?")) or part.startswith("pipe:")
+
+
+def _folder_patterns(folder: str, shards: str) -> list[str]:
+    """`shards` in a folder, whose own name may have brackets and braces; of an Energon folder, what is to train on."""
+    name = folder
+    if os.path.isdir(folder):
+        name = re.sub(r"([\\{},])", r"\\\1", glob.escape(folder))
+        train = energon_train(Path(folder)) if shards == StreamConfig.model_fields["shards"].default else None
+        shards = "::".join(train or [shards])
+    return [os.path.join(name, shard) for shard in shards.split("::")]
 
 
 def open_source(name: str, config: Any, data: str) -> Source:
