@@ -1,6 +1,6 @@
 # Sourced by the other scripts: a virtual environment with this checkout in it, and `python` from there.
 #
-#   D2V_VENV   where it lies (default: .venv in this checkout)
+#   D2V_VENV   where it lies (default: .venv in this checkout); none: what is active is taken as it is
 #   PYTHON     what makes it (default: python3; 3.10 to 3.12)
 #
 # The checkout is installed each time; its dependencies again when setup.py has changed.
@@ -10,21 +10,25 @@ venv="${D2V_VENV:-$root/.venv}"
 
 fail() { echo "error: $*" >&2; exit 1; }
 
-"${PYTHON:-python3}" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
-    fail "$("${PYTHON:-python3}" --version) is not supported; set PYTHON to a Python 3.10, 3.11 or 3.12"
-if [ ! -x "$venv/bin/python" ]; then
-    echo "making $venv"
-    "${PYTHON:-python3}" -m venv "$venv" || fail "no venv could be made in $venv; on Debian: apt-get install python3-venv"
-fi
-export PATH="$venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
+make_venv() {
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
+        fail "$("${PYTHON:-python3}" --version) is not supported; set PYTHON to a Python 3.10, 3.11 or 3.12"
+    if [ ! -x "$venv/bin/python" ]; then
+        echo "making $venv"
+        "${PYTHON:-python3}" -m venv "$venv" || fail "no venv could be made in $venv; on Debian: apt-get install python3-venv"
+    fi
+    export PATH="$venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
 
-wanted="$(sha256sum "$root/setup.py" | cut -d' ' -f1)"
-if [ "$(cat "$venv/.d2v_setup" 2>/dev/null)" != "$wanted" ]; then
-    echo "installing the dependencies into $venv (torch is large: one to ten minutes)"
-    python -m pip install --quiet "setuptools>=70.1,<82" wheel
-    python -m pip install --quiet --no-build-isolation -e "$root[dev]"
-    echo "$wanted" > "$venv/.d2v_setup"
-else
-    python -m pip install --quiet --no-build-isolation --no-deps -e "$root"
-fi
+    wanted="$(sha256sum "$root/setup.py" | cut -d' ' -f1)"
+    if [ "$(cat "$venv/.d2v_setup" 2>/dev/null)" != "$wanted" ]; then
+        echo "installing the dependencies into $venv (torch is large: one to ten minutes)"
+        python -m pip install --quiet "setuptools>=70.1,<82" wheel
+        python -m pip install --quiet --no-build-isolation -e "$root[dev]"
+        echo "$wanted" > "$venv/.d2v_setup"
+    else
+        python -m pip install --quiet --no-build-isolation --no-deps -e "$root"
+    fi
+}
+
+[ "$venv" = none ] || make_venv
 cd "$root"

@@ -1,0 +1,69 @@
+# Sourced by the pretrain_*.sh scripts, after their settings: prepares shards that are absent, then trains.
+# Their headers say which variables they take; `prepare_*` run `d2v prepare`, `train` runs train.py in place of the shell.
+
+case "${1:-}" in -h | --help)
+    sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0"
+    exit 0 ;;
+esac
+
+for name in DATA IMAGES SPEECH TEXT TOKENIZER OUT CHECKSUMS; do # environment.sh changes the folder
+    value="${!name:-}"
+    case "$value" in "" | /* | *://*) ;; *) printf -v "$name" %s "$PWD/$value" ;; esac
+done
+[ ! -f "${RECIPE:-}" ] || RECIPE="$(realpath "$RECIPE")"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+
+# absent DIR: whether there are no finished shards in it; what a kill left is gone on with.
+absent() { [[ "$1" != *://* ]] && [ ! -f "$1/manifest.json" ] && { [ -d "$1/.prepare" ] || ! compgen -G "$1/*.tar" > /dev/null; }; }
+
+# fetched NAME ARGUMENTS: arguments of `d2v prepare`, and MIRROR and CHECKSUMS where they are set.
+fetched() {
+    d2v prepare "$@" ${MIRROR:+--mirror "$MIRROR"} ${CHECKSUMS:+--checksums "$CHECKSUMS"} \
+        ${SHARD_MIB:+--shard-mib "$SHARD_MIB"}
+}
+
+prepare_images() { # IMAGES: a source; $1: where shards go
+    absent "$1" || return 0
+    [ -n "${IMAGES:-}" ] || fail "no shards in $1; set IMAGES to the folder of ImageNet's tars, of train/CLASS/, or of
+any pictures of your own (ImageNet wants registration, so it is not downloaded)"
+    [ -e "$IMAGES" ] || fail "IMAGES=$IMAGES is not there"
+    if compgen -G "$IMAGES/ILSVRC2012_img_*.tar" > /dev/null || [ -d "$IMAGES/train" ] ||
+        compgen -G "$IMAGES/train-*.parquet" > /dev/null || compgen -G "$IMAGES/data/train-*.parquet" > /dev/null; then
+        d2v prepare imagenet "$IMAGES" --out "$1" ${CHECKSUMS:+--checksums "$CHECKSUMS"} \
+            ${SHARD_MIB:+--shard-mib "$SHARD_MIB"}
+    else
+        d2v prepare folder "$IMAGES" --out "$1" --name images --modality image ${SHARD_MIB:+--shard-mib "$SHARD_MIB"}
+    fi
+}
+
+prepare_speech() { # SPEECH: archives that are there, else they are downloaded; PARTS; $1: where shards go
+    absent "$1" || return 0
+    local parts=()
+    [ -z "${PARTS:-}" ] || read -ra parts <<< "$PARTS"
+    fetched librispeech ${SPEECH:+"$SPEECH"} --out "$1" ${parts[0]:+--parts "${parts[@]}"}
+}
+
+prepare_text() { # TEXT: archives that are there, else they are downloaded; $1: where shards go
+    if absent "$1"; then fetched openwebtext ${TEXT:+"$TEXT"} --out "$1" ${VAL:+--val "$VAL"}; fi
+    tokenizer="${TOKENIZER:-$1/sentencepiece.model}"
+    [ -f "$tokenizer" ] ||
+        d2v tokenizer train "$1/*train*.tar" --out "$tokenizer" --vocabulary "${VOCABULARY:-32000}"
+    text=("modalities.text.data.tokenizer=$tokenizer")
+    if [ -z "${TOKENIZER:-}" ] || [ -n "${VOCABULARY:-}" ]; then
+        text+=("modalities.text.vocabulary=${VOCABULARY:-32000}")
+    fi
+}
+
+train() { # RECIPE and more key=value
+    local recipe="$1" gpus="${NUM_GPUS:-}"
+    shift
+    [ -n "$gpus" ] || gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+    [[ "$gpus" =~ ^[0-9]+$ ]] || fail "NUM_GPUS=$gpus must be a whole number, 0 for the CPU"
+    local arguments=(--deepspeed "${DEEPSPEED:-zero2}" --recipe "$recipe" ${OUT:+"out=$OUT"} "$@")
+    if [ "$gpus" = 0 ]; then
+        export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
+        exec python train.py "${arguments[@]}"
+    fi
+    exec deepspeed --num_accelerators "$gpus" train.py "${arguments[@]}"
+}
