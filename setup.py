@@ -6,6 +6,7 @@ from setuptools import find_namespace_packages, setup
 
 HF = ["transformers>=4.57,<6"]  # d2v export --format hf
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]  # d2v export --format onnx
+FINETUNE = ["timm>=1.0.9,<2", "torchvision==0.26.0"]  # RandAugment, mixup; the torchvision of torch 2.11
 EVAL = ["jiwer>=3,<5"]  # d2v eval ctc
 CTC = [*EVAL, "flashlight-text>=0.0.7,<0.1"]  # d2v eval ctc --decoder beam; its wheels bring KenLM
 
@@ -53,7 +54,8 @@ setup(
         "eval": EVAL,
         "ctc": CTC,
         "remote": REMOTE,
-        "dev": ["pytest>=8", "ruff>=0.6", "moto[s3,server]>=5", *HF, *ONNX, *CTC, *REMOTE],
+        "finetune": FINETUNE,
+        "dev": ["pytest>=8", "ruff>=0.6", "moto[s3,server]>=5", *HF, *ONNX, *CTC, *REMOTE, *FINETUNE],
     },
     entry_points={"console_scripts": ["d2v=d2v_ds.cli:main"]},
 )

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from d2v_ds.data.remote import Remote
 from d2v_ds.modalities import MODALITIES, config_class, known
 from d2v_ds.model.encoder import ModalityConfig
 from d2v_ds.model.layers import Body
+from d2v_ds.model.tuned import Task
 
 Variant = Literal["released", "paper"]
 """Whose values a recipe has where the two differ: the configuration files that were released, or the paper."""
@@ -169,6 +171,8 @@ class Recipe(Config):
     name: str
     modalities: dict[str, SerializeAsAny[ModalityConfig]]
     body: Body = Body()
+    task: Task | None = None
+    """What is learned with labels (fine-tuning); None = pre-training. Network and weights then come from `init`."""
     ema: EMA = EMA()
     optim: Optim = Optim()
     train: Train = Train()
@@ -209,6 +213,16 @@ class Recipe(Config):
             raise ValueError(f"train.steps={self.train.steps} must be at least 1")
         if self.body.dim % self.body.heads:
             raise ValueError(f"body.dim={self.body.dim} must be a multiple of body.heads={self.body.heads}")
+        if self.task is None:
+            return self
+        if len(self.modalities) > 1:
+            raise ValueError(
+                f"a task has one modality, the recipe {', '.join(self.modalities)}; fine-tune each by itself"
+            )
+        if self.probe.every:
+            raise ValueError(
+                f"probe.every={self.probe.every} is for pre-training; a task is scored by task.test and task.test_every"
+            )
         return self
 
     @property
@@ -249,6 +263,8 @@ FREE = {
     "train.hang_seconds",
     "train.hang_factor",
     "train.straggler_factor",
+    "task.test",
+    "task.test_every",
     "probe.every",
     "probe.train",
     "probe.test",
@@ -268,7 +284,8 @@ def recipes() -> dict[str, Any]:
     modules = [
         import_module(f"d2v_ds.modalities.{name}.{file}")
         for name in MODALITIES
-        for file in ("recipes", "recipes_v1")
+        for file in ("recipes", "recipes_v1", "recipes_tuned")
+        if find_spec(f"d2v_ds.modalities.{name}.{file}")
     ]
     modules.append(import_module("d2v_ds.modalities.multimodal"))
     return {
@@ -277,6 +294,7 @@ def recipes() -> dict[str, Any]:
         for name, function in vars(module).items()
         if getattr(function, "__module__", "") == module.__name__
         and function.__annotations__.get("return") == "Recipe"
+        and all(p.default is not p.empty for p in inspect.signature(function).parameters.values())
     }
 
 

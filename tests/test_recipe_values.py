@@ -370,7 +370,16 @@ def test_all_recipes_are_listed_by_a_line():
     assert lines.keys() == recipes().keys() and all(len(line.split()) > 4 for line in lines.values())
 
 
-@pytest.mark.parametrize("name", sorted(set(recipes()) - {n for n in recipes() if n.endswith("_tiny")}))
+PRETRAINING = {name for name in recipes() if load_recipe(name).task is None}
+
+
+@pytest.mark.parametrize("name", sorted(n for n in set(recipes()) - PRETRAINING if not n.endswith("_tiny")))
+def test_a_docstring_of_fine_tuning_says_command_and_what_to_expect(name):
+    text = " ".join(recipes()[name].__doc__.split())
+    assert f"--recipe {name} init=RUN data=DIR" in text and "Expected:" in text
+
+
+@pytest.mark.parametrize("name", sorted(n for n in PRETRAINING if not n.endswith("_tiny")))
 def test_a_docstring_says_command_cost_and_what_to_expect(name):
     text = " ".join(recipes()[name].__doc__.split())
     assert f"--recipe {name} data=DIR" in text
@@ -381,7 +390,7 @@ def test_a_docstring_says_command_cost_and_what_to_expect(name):
 def test_the_documented_table_has_every_recipe_with_its_values():
     """Width, blocks, K, learning rate, decay, clip, batch and steps of all but the tiny ones."""
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in text for name in recipes() if name.endswith("_tiny"))
+    assert all(f"`{name}`" in text for name in PRETRAINING if name.endswith("_tiny"))
     lines = [line.strip("| ") for line in text.splitlines() if line.count("|") == 11]
     rows = [[cell.strip() for cell in line.split("|")] for line in lines]
     seen = set()
@@ -404,5 +413,5 @@ def test_the_documented_table_has_every_recipe_with_its_values():
         assert cells[8].split(":")[0] == f"{recipe.train.steps:,}"
         cost = " ".join(recipes()[name].__doc__.split())
         assert f"(paper {cells[9]})" in cost or f"{cells[9]} A100 hours" in cost
-    real = {name for name in recipes() if not name.endswith("_tiny")}
+    real = {name for name in PRETRAINING if not name.endswith("_tiny")}
     assert seen == {(name, False) for name in real} | {(name, True) for name in WITH_PAPER}

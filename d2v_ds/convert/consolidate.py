@@ -151,13 +151,16 @@ def export_run(path: Path, out: Path, weights: Weights, dtype: str, shard_bytes:
 
 def describe_run(checkpoint: Checkpoint, weights: Weights) -> Stored:
     """All of a stored model but its tensors."""
+    recipe = Recipe(**checkpoint.loop["recipe"])
+    head = recipe.task.head_config if recipe.task else None
     return Stored(
-        Recipe(**checkpoint.loop["recipe"]),
+        recipe,
         {},
         f"run, {checkpoint.folder.name}",
         files=checkpoint.folder.parent,
         step=checkpoint.loop["step"] + checkpoint.loop.get("updates_before", 0),
         weights=weights,
+        head=None if head is None else head.model_copy(update={"updates": checkpoint.loop["step"]}),
     )
 
 

@@ -27,19 +27,20 @@ def fetched_whole(model: Data2Vec) -> Iterator[nn.Module]:
 
 
 def parameter_groups(model: Data2Vec, weight_decay: float, decay: str) -> list[dict[str, Any]]:
-    """Trainable parameters by (followed by the teacher, decayed): so no EMA is kept for a decoder.
+    """Trainable parameters by (followed by the teacher, decayed, share of the learning rate): so no EMA is kept for a
+    decoder.
 
     With decay="matrices", one-dimensional parameters, biases and ALiBi scales are not decayed.
     """
     followed = {name for name, student, _ in model.followed() if student.requires_grad}
-    groups: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = decay == "all" or (parameter.ndim > 1 and not name.endswith("alibi_scale"))
-            groups.setdefault((name in followed, decays), []).append((name, parameter))
+            groups.setdefault((name in followed, decays, model.lr_scale(name)), []).append(parameter)
     return [
-        {"params": [p for _, p in members], "weight_decay": weight_decay if decays else 0.0}
-        for (_, decays), members in sorted(groups.items(), reverse=True)
+        {"params": members, "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
+        for (_, decays, scale), members in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
 
 
@@ -88,7 +89,9 @@ def compile_blocks(model: nn.Module, zero: dict[str, Any]) -> None:
             "it out, or set train.compile=false"
         )
     zero["memory_efficient_linear"] = False
-    torch.nn.functional.linear = torch._C._nn.linear  # where a run before in this process has left DeepSpeed's
+    torch.nn.functional.linear = (
+        torch._C._nn.linear
+    )  # where a run before in this process has left DeepSpeed's
     for module in model.modules():
         if isinstance(module, Block):
             module.forward = torch.compile(module.forward)

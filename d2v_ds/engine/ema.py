@@ -58,8 +58,8 @@ class TeacherEMA:
 
     @torch.no_grad()
     def update(self, tau: float) -> None:
-        """One step; at tau >= 1 the teacher stays."""
-        if tau >= 1:
+        """One step; at tau >= 1 the teacher stays, and where there is none, as in fine-tuning, nothing happens."""
+        if tau >= 1 or not self.teachers:
             return
         if self.is_teacher_fp32:
             torch._foreach_lerp_(self.averages, self.students, 1 - tau)

@@ -7,6 +7,7 @@ from d2v_ds.model.data2vec import Data2Vec
 from d2v_ds.model.decoder import Decoder
 from d2v_ds.model.encoder import ModalityConfig, ModalityEncoder
 from d2v_ds.model.layers import Body, bert_init, shrink_residuals
+from d2v_ds.model.tuned import Task, Tuned
 
 
 def build_model(
@@ -21,6 +22,19 @@ def build_model(
     init_model(model, body)
     if has_teacher:
         model.build_teacher()
+    return model
+
+
+def build_tuned(
+    body: Body, modalities: dict[str, ModalityConfig], task: Task, fairseq_compat: bool = False
+) -> Tuned:
+    """Encoder and head of a fine-tuned model, as `build_model` makes its own."""
+    encoders = {
+        name: net(name).build_encoder(config, body, fairseq_compat) for name, config in modalities.items()
+    }
+    model = Tuned(body, modalities, encoders, task, fairseq_compat)
+    init_model(model, body)
+    model.finish_init()
     return model
 
 
@@ -41,4 +55,5 @@ def init_model(model: Data2Vec, body: Body) -> None:
         shrink_residuals(model.blocks)
     for name, encoder in model.encoders.items():
         net(name).init_encoder(encoder)
-        net(name).init_decoder(model.decoders[name])
+        if name in model.decoders:
+            net(name).init_decoder(model.decoders[name])

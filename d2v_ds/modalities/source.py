@@ -20,8 +20,10 @@ from d2v_ds.config import Config
 from d2v_ds.data import Corpus, Draw, Share, Source, deal, expand_shards
 from d2v_ds.data.published import energon_train
 from d2v_ds.modalities import samples_class
+from d2v_ds.modalities.labelled import Labelled, check_labels
 from d2v_ds.model.batch import make_masked, make_views
 from d2v_ds.model.masking import draw_mask, fewest, pad_masks
+from d2v_ds.model.tuned import Task
 
 
 class StreamConfig(Config):
@@ -96,13 +98,17 @@ def _folder_patterns(folder: str, shards: str) -> list[str]:
     return [os.path.join(name, shard) for shard in shards.split("::")]
 
 
-def open_source(name: str, config: Any, data: str) -> Source:
-    """The samples of one modality, with their index; builds what is missing of it."""
+def open_source(name: str, config: Any, data: str, task: Task | None = None) -> Source:
+    """The samples of one modality, with their index; builds what is missing of it. With a task, each has a label."""
     samples = samples_class(name)(config, Path(data.split("::")[0]))
+    if task:
+        samples = Labelled(samples, task)
     shards = find_corpora(name, data, config.data)
     paths = [path for own in shards.values() for path in own]
     corpus = Corpus.open(paths, samples.fields, samples.measure, samples.measure_name, samples.min_length)
     samples.attach(corpus)
+    if task:
+        check_labels(name, corpus, task)
     shares = build_shares(shards, corpus, samples, config.data)
     return Source(name, corpus, samples, config.data.batch, config.data.micro_batches, shares)
 

@@ -32,6 +32,8 @@ class Batch:
     """Where each position lies in cat([kept, masked]): undoes the shuffle."""
     counted_NJ: Tensor | None = None
     """Bool, False = filler of a row with fewer masked tokens than another; None = all of `masked_NJ` count."""
+    labels: Tensor | None = None
+    """What a head should say: ids of classes (B), shares of them (B, C) or numbers (B); None in pre-training."""
     layerdrop_seed: int = 0
     """What layer drop is drawn from: equal on all ranks and micro-batches of a step."""
 

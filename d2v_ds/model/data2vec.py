@@ -293,6 +293,10 @@ class Data2Vec(nn.Module):
             if TEACHER + name in student:
                 yield name, parameter, student[TEACHER + name]
 
+    def lr_scale(self, name: str) -> float:
+        """A parameter's share of the learning rate."""
+        return 1.0
+
     @torch.no_grad()
     def follow(self, tau: float) -> None:
         """One EMA step on whole parameters, teacher += (1 - tau) * (student - teacher); frozen ones are copied.

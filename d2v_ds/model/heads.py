@@ -75,3 +75,14 @@ def build_head(config: HeadConfig, dim: int) -> nn.Module:
     """The head of this kind on an encoder of width `dim`; its `forward(x_BTD, padding_BT)` gives logits."""
     kinds = {"image_classification": ImageHead, "ctc": CTCHead, "sentence_classification": SentenceHead}
     return kinds[config.kind](config.outputs, dim)
+
+
+def init_head(head: nn.Module) -> None:
+    """Fresh values: CTC's weights Xavier uniform, others normal with standard deviation 0.02, biases 0 (as fairseq)."""
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            if isinstance(head, CTCHead):
+                nn.init.xavier_uniform_(module.weight)
+            else:
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)

@@ -66,14 +66,8 @@ def evaluate(
     read = read_classes if kind == "classify" else read_transcripts
     truths = read(items, encoder, label)
     unreadable: list[Bad] = []
-    said: list[tuple[Any, Any]] = []
-    for group in make_groups(prepare(encoder, items, 0, workers), encoder, batch):
-        ready = sorted(group.ready, key=lambda item: len(item.row))  # alike lengths: little padding
-        unreadable += group.bad
-        for first in range(0, len(ready), batch):
-            chosen = ready[first : first + batch]
-            logits = head_logits(encoder, chosen)
-            said += [(row, truths[item.number]) for row, item in zip(logits, chosen, strict=True)]
+    rows, places = answers(encoder, items, batch, workers, unreadable)
+    said = [(row, truths[i]) for row, i in zip(rows, places, strict=True)]
     if not said:
         raise ValueError(
             f"none of {items.words} in {data} could be decoded; the first: {unreadable[0].reason}"
@@ -110,6 +104,22 @@ def check_head(encoder: Encoder, kind: str) -> None:
             f"the letters of {encoder.origin} are not known, so its transcripts cannot be written; "
             "import it again with its dictionary beside it"
         )
+
+
+def answers(
+    encoder: Encoder, items: Items, batch: int, workers: int | None, unreadable: list[Bad]
+) -> tuple[list[Tensor], list[int]]:
+    """What the head says of each item that can be read, and which items those are."""
+    rows: list[Tensor] = []
+    places: list[int] = []
+    for group in make_groups(prepare(encoder, items, 0, workers), encoder, batch):
+        ready = sorted(group.ready, key=lambda item: len(item.row))  # alike lengths: little padding
+        unreadable += group.bad
+        for first in range(0, len(ready), batch):
+            chosen = ready[first : first + batch]
+            rows += head_logits(encoder, chosen).unbind()
+            places += [item.number for item in chosen]
+    return rows, places
 
 
 @torch.no_grad()

@@ -16,8 +16,7 @@ from torch import Tensor
 from d2v_ds.convert.features import Encoder
 from d2v_ds.convert.load import load
 from d2v_ds.tasks.embed import best_device
-from d2v_ds.tasks.evaluate import check_head, head_logits, read_classes, read_labels
-from d2v_ds.tasks.groups import make_groups, prepare
+from d2v_ds.tasks.evaluate import answers, check_head, read_classes, read_labels
 from d2v_ds.tasks.items import Items, open_items, paired
 from d2v_ds.tasks.metrics import METRICS, OF_NUMBERS, measure
 from d2v_ds.tasks.table import Bad, write_whole
@@ -145,17 +144,10 @@ def run(
     encoder: Encoder, items: Items, batch: int, workers: int | None, unreadable: list[Bad]
 ) -> tuple[Tensor, list[int]]:
     """The head's outputs (N, C), and which items they are of."""
-    logits, places = [], []
-    for group in make_groups(prepare(encoder, items, 0, workers), encoder, batch):
-        ready = sorted(group.ready, key=lambda item: len(item.row))  # alike lengths: little padding
-        unreadable += group.bad
-        for first in range(0, len(ready), batch):
-            chosen = ready[first : first + batch]
-            logits.append(head_logits(encoder, chosen))
-            places += [item.number for item in chosen]
+    logits, places = answers(encoder, items, batch, workers, unreadable)
     if not logits:
         raise ValueError(f"none of {items.words} can be read; the first: {unreadable[0].reason}")
-    return torch.cat(logits), places
+    return torch.stack(logits), places
 
 
 def flatten(found: dict[str, dict[str, float]]) -> dict[str, float]:

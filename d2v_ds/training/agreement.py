@@ -64,7 +64,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def meet(run: Run, micro_batches: list[MicroBatch]) -> dict[str, Tensor] | None:
-    """Masked tokens of each modality in this step, over all ranks and micro-batches.
+    """Masked tokens (in fine-tuning: samples) of each modality in this step, over all ranks and micro-batches.
 
     None on all ranks if one was asked to stop, and so comes with no micro-batches. ValueError on all if they are
     not at the same step, recipe, data and order of modalities: with marks m of 16 bits that are equal on all W
@@ -90,6 +90,8 @@ def meet(run: Run, micro_batches: list[MicroBatch]) -> dict[str, Tensor] | None:
 
 
 def num_targets(batch: Batch, fairseq_compat: bool) -> int:
+    if batch.labels is not None:
+        return len(batch.labels)
     if batch.padding_BT is None or fairseq_compat:
         return batch.masked_NJ.numel() if batch.counted_NJ is None else int(batch.counted_NJ.sum())
     return int((batch.mask_NT & ~batch.padding_BT.repeat_interleave(batch.clones, dim=0)).sum())

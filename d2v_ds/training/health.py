@@ -285,6 +285,8 @@ class Health:
         targets, the same of `NAME/pred_...`, `NAME/encoder_...`, `NAME/local_...`, and `NAME/target_var`,
         `NAME/pred_var`, `NAME/explained`."""
         names = sorted(self.parts)
+        if not names:
+            return {}
         reduce_sums([part for name in names for part in self.parts[name].sums()])
         values: dict[str, Tensor] = {}
         covariances = []

@@ -22,13 +22,14 @@ from typing import Any
 from torch import Tensor
 
 from d2v_ds.config import dotted_keys
+from d2v_ds.convert.consolidate import tokenizers
 from d2v_ds.convert.fit import listed, shapes
 from d2v_ds.convert.load import read
 from d2v_ds.convert.stored import Stored
 from d2v_ds.engine.ema import anneal
 from d2v_ds.model.data2vec import TEACHER
 from d2v_ds.model.heads import HEAD
-from d2v_ds.recipe import Recipe
+from d2v_ds.recipe import Recipe, load_recipe
 
 # How a model is trained, which may differ from the file's; everything else of a modality says what its weights mean.
 TRAINING = {
@@ -36,6 +37,12 @@ TRAINING = {
     "extra_tokens_init", "embed_dropout", "input_dropout",
 }  # fmt: skip
 BODY = ("dim", "depth", "heads", "mlp_ratio", "norm_eps", "norm_first", "layer_scale", "qkv_bias")
+TUNING = {
+    "data", "prenet_dropout", "prenet_layerdrop", "prenet_drop_path", "embed_dropout", "input_dropout",
+}  # fmt: skip
+"""What a fine-tuning recipe says of a modality; the rest is its network's."""
+READING = ("mean", "std", "tokenizer", "normalize")
+"""Of its data what the network was trained with."""
 DECISIVE = ("heads", "norm_first", "conv_layers", "position_width")
 """Weights of equal shapes mean something else if these differ."""
 CONVOLUTIONS = {"kernel", "groups", "residual"}
@@ -83,6 +90,11 @@ def read_start(recipe: Recipe) -> Start:
         )
     check_settings(recipe, stored, modalities, source)
     expected = shapes(recipe)
+    if recipe.task:  # no teacher, decoder or mask
+        unwanted = (TEACHER, "decoders.")
+        expected = {
+            n: s for n, s in expected.items() if not n.startswith(unwanted) and not n.endswith(".mask_token")
+        }
     student, unused = choose_student(expected, stored, modalities)
     teacher, copied = choose_teacher(expected, stored, student)
     check_shapes(expected, student, teacher, recipe, stored, source, modalities)
@@ -93,9 +105,49 @@ def read_start(recipe: Recipe) -> Start:
         f"{', '.join(stored.recipe.modalities)}, for a run of {', '.join(recipe.modalities)}",
         *describe(expected, start, stored, copied, unused),
         *other_settings(recipe, stored, modalities),
-        describe_updates(start, recipe, stored),
+        *([] if recipe.task else [describe_updates(start, recipe, stored)]),
     ]
     return start
+
+
+def with_network(recipe: Recipe, saved: Recipe | None) -> Recipe:
+    """A fine-tuning recipe whose network is that of `saved`, its own run, or of `init`, or of the recipe that
+    `task.encoder` names; how it is trained stays the recipe's.
+
+    Raises ValueError if none says what the network is, or it is of another modality.
+    """
+    (name,) = recipe.modalities
+    if saved is None and not recipe.init:
+        if recipe.task.encoder is None:
+            raise ValueError(
+                "a task starts from weights: set init=FILE, or task.encoder=RECIPE for random ones"
+            )
+        saved = load_recipe(recipe.task.encoder)
+        source = f"task.encoder={recipe.task.encoder}"
+    elif saved is None:
+        saved, source = network_of(recipe.init), f"init={recipe.init}"
+    else:
+        source = f"the run {recipe.folder}"
+    if name not in saved.modalities:
+        raise ValueError(
+            f"{source} holds {', '.join(saved.modalities)}, the recipe {recipe.name} fine-tunes {name}; give an "
+            f"encoder of {name}, or another recipe"
+        )
+    body = recipe.body.model_copy(update={key: getattr(saved.body, key) for key in BODY})
+    ours, theirs = recipe.modalities[name], saved.modalities[name]
+    network = {key: getattr(theirs, key) for key in type(theirs).model_fields if key not in TUNING}
+    reading = {key: getattr(theirs.data, key) for key in READING if hasattr(theirs.data, key)}
+    network["data"] = ours.data.model_copy(update=reading)
+    return recipe.model_copy(update={"body": body, "modalities": {name: ours.model_copy(update=network)}})
+
+
+def network_of(path: str) -> Recipe:
+    """The recipe of what lies there; a text's with the tokenizer that lies beside it."""
+    stored = read(path)
+    found = tokenizers(stored.files) if stored.files else []
+    if found and "text" in stored.recipe.modalities:
+        stored.recipe.modalities["text"].data.tokenizer = str(found[0])
+    return stored.recipe
 
 
 # ---- which tensors ---------------------------------------------------------------------------------------------
@@ -248,10 +300,10 @@ def describe(
     lines = [f"  {len(start.student)} of {len(students)} tensors of the student found"]
     if stored.weights == "teacher":
         lines[0] += "; the file holds the teacher's weights alone, the student starts as their copy"
-    elif len(copied) == len(start.teacher):
+    elif start.teacher and len(copied) == len(start.teacher):
         lines.append("  not found: the teacher; it starts as a copy of the student")
     else:
-        lines[0] += f", {len(start.teacher) - len(copied)} of the teacher's"
+        lines[0] += f", {len(start.teacher) - len(copied)} of the teacher's" if start.teacher else ""
         lines += (
             [f"  not found in the teacher, so the student's: {grouped(copied, expected)}"] if copied else []
         )

@@ -16,7 +16,7 @@ class Log:
 
     def __init__(self, folder: Path, first_step: int, total: int):
         self.folder, self.total = folder, total
-        for name in ("metrics.jsonl", "health.jsonl", "probes.jsonl"):
+        for name in ("metrics.jsonl", "health.jsonl", "probes.jsonl", "scores.jsonl"):
             forget_after(folder / name, first_step)
         self.writer = self.open_writer(first_step)
         self.started, self.first_step = time.perf_counter(), first_step
@@ -68,9 +68,9 @@ class Log:
         seconds = (time.perf_counter() - self.started) / max(1, step - self.first_step)
         left = timedelta(seconds=round(seconds * (self.total - step)))
         losses = "  ".join(
-            f"{key.split('/')[0]} {value:.3f} (content {health[key.split('/')[0] + '/content']:.2f})"
-            for key, value in metrics.items()
-            if key.endswith("/loss")
+            f"{name} {metrics[f'{name}/loss']:.3f}"
+            + (f" (content {health[f'{name}/content']:.2f})" if f"{name}/content" in health else "")
+            for name in names_of(metrics)
         )
         return (
             f"step {step}/{self.total}  loss {losses}  lr {metrics['lr']:.1e}  "
@@ -114,14 +114,23 @@ def warn(what: str, error: OSError) -> None:
 def summary(folder: Path) -> str:
     """Last values of each modality as a table."""
     rows, health = read_rows(folder / "metrics.jsonl"), read_rows(folder / "health.jsonl")
-    columns = ("content", "explained", "target_var", "pred_var")
-    lines = [f"{'':8} {'loss':>10} " + " ".join(f"{c:>10}" for c in columns)]
-    for key, value in rows[-1].items() if rows else ():
-        if key.endswith("/loss"):
-            name = key.removesuffix("/loss")
-            values = " ".join(f"{health[-1][f'{name}/{c}']:10.3f}" for c in columns)
-            lines.append(f"{name:8} {value:10.3f} {values}")
+    if not rows or not health:
+        return ""
+    columns = [
+        c
+        for c in ("content", "explained", "target_var", "pred_var")
+        if any(k.endswith(f"/{c}") for k in health[-1])
+    ]
+    lines = [" ".join([f"{'':8}", f"{'loss':>10}", *(f"{c:>10}" for c in columns)])]
+    for name in names_of(rows[-1]):
+        values = [rows[-1][f"{name}/loss"], *(health[-1][f"{name}/{c}"] for c in columns)]
+        lines.append(" ".join([f"{name:8}", *(f"{value:10.3f}" for value in values)]))
     return "\n".join(lines)
+
+
+def names_of(metrics: dict[str, float]) -> list[str]:
+    """The modalities of a row."""
+    return [key.removesuffix("/loss") for key in metrics if key.endswith("/loss")]
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -162,9 +171,9 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def plot_losses(folder: Path) -> Path | None:
-    """losses.png: loss and content of each modality over steps."""
+    """losses.png: loss of each modality over steps, and below it content, or a fine-tuned model's scores."""
     rows, health = read_rows(folder / "metrics.jsonl"), read_rows(folder / "health.jsonl")
-    names = [key.removesuffix("/loss") for key in (rows[0] if rows else {}) if key.endswith("/loss")]
+    scores = read_rows(folder / "scores.jsonl")
     if len(rows) < 2:
         return None
     import matplotlib
@@ -172,12 +181,17 @@ def plot_losses(folder: Path) -> Path | None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    names = names_of(rows[0])
     figure, axes = plt.subplots(2, len(names), figsize=(4 * len(names), 6), squeeze=False, sharex=True)
     for column, name in enumerate(names):
+        below, key, label = (
+            (scores, "score", "score") if scores else (health, f"{name}/content", "content of targets")
+        )
         axes[0][column].plot([r["step"] for r in rows], [r[f"{name}/loss"] for r in rows])
-        axes[0][column].set(title=name, ylabel="loss a masked token" if column == 0 else "")
-        axes[1][column].plot([r["step"] for r in health], [r[f"{name}/content"] for r in health])
-        axes[1][column].set(xlabel="step", ylabel="content of targets" if column == 0 else "", ylim=(0, 1.05))
+        axes[0][column].set(title=name, ylabel="loss" if column == 0 else "")
+        seen = [r for r in below if key in r]
+        axes[1][column].plot([r["step"] for r in seen], [r[key] for r in seen])
+        axes[1][column].set(xlabel="step", ylabel=label if column == 0 else "", ylim=(0, 1.05))
         for row in (0, 1):
             axes[row][column].grid(alpha=0.3)
     figure.tight_layout()

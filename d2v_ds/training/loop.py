@@ -23,7 +23,7 @@ from d2v_ds.training.clock import Clock
 from d2v_ds.training.codes import Stopped
 from d2v_ds.training.guard import respond, steps_of
 from d2v_ds.training.health import Health
-from d2v_ds.training.schedule import learning_rate
+from d2v_ds.training.schedule import learning_rate, scaled
 from d2v_ds.training.skips import Skips, taint
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def train_step(run: Run, micro_batches: list[MicroBatch], report: Report) -> boo
     """One optimizer step; False if its gradients were not finite and it was skipped, None if a rank was asked to stop
     before it; on all ranks alike."""
     recipe, engine = run.recipe, run.engine
-    set_learning_rate(engine, run.lr_scale * learning_rate(recipe.optim, run.step, recipe.train.steps))
+    set_learning_rate(run)
     report.sizes = meet(run, micro_batches)
     if report.sizes is None:
         return None
@@ -75,6 +75,8 @@ def run_steps(run: Run) -> None:
         skips.observe(is_applied, micro_batches, report.each)
         if run.probes.is_due(run.step):
             run.probes.measure(run)
+        if run.examiner.is_due(run.step):
+            run.examiner.score(run)
         if is_due(run.step, train.save_every, train.steps):
             run.save()
         clock.start(run.step)
@@ -111,9 +113,10 @@ def scale(run: Run, modality: str, sizes: dict[str, Tensor]) -> Tensor:
     return (run.recipe.modalities[modality].loss.weight * run.world / sizes[modality]).float()
 
 
-def set_learning_rate(engine: torch.nn.Module, rate: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+def set_learning_rate(run: Run) -> None:
+    optim, steps = run.recipe.optim, run.recipe.train.steps
+    for group in run.engine.optimizer.param_groups:
+        group["lr"] = run.lr_scale * learning_rate(scaled(optim, group["lr_scale"]), run.step, steps)
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -136,7 +139,8 @@ class Report:
         self.each.append(output.loss.detach())
         if not self.is_wanted:
             return
-        self.health.observe(batch, output)
+        if batch.labels is None:
+            self.health.observe(batch, output)
         for part, value in {"loss": output.loss.detach(), **output.losses}.items():
             key = f"{batch.modality}/{part}"
             self.sums[key] = self.sums.get(key, 0) + value.double()
@@ -166,13 +170,14 @@ def record_faults(run: Run, micro_batches: list[MicroBatch]) -> None:
 
 def write_log(run: Run, report: Report, clock: Clock) -> None:
     losses, health = report.losses(), report.health.values()
+    tau = anneal(run.recipe.ema.start, run.recipe.ema.end, run.recipe.ema.anneal_steps, run.updates)
     changed = run.watch.look(health)
     recipe, engine = run.recipe, run.engine
     rate = run.plan.samples_a_step() * clock.steps / clock.total
     norm = engine.get_global_grad_norm()
     metrics = losses | {
         "lr": engine.optimizer.param_groups[0]["lr"],
-        "tau": anneal(recipe.ema.start, recipe.ema.end, recipe.ema.anneal_steps, run.updates),
+        **({"tau": tau} if run.ema.teachers else {}),
         "grad_norm": float(norm) if norm is not None else float("nan"),
         "applied_steps": run.applied,
         "skipped_steps": run.step - run.first_step - run.applied,

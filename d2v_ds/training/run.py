@@ -29,15 +29,16 @@ from d2v_ds.engine.ema import TeacherEMA
 from d2v_ds.engine.launch import prepare_environment, start_distributed
 from d2v_ds.engine.saver import Saver
 from d2v_ds.engine.start import put_weights
-from d2v_ds.modalities.build import build_model
+from d2v_ds.modalities.build import build_model, build_tuned
 from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import Recipe, is_free, load_recipe, write_yaml
 from d2v_ds.training.agreement import agree, settings, together
 from d2v_ds.training.arguments import Arguments, parse_arguments
 from d2v_ds.training.clock import Clock
 from d2v_ds.training.codes import COLLAPSED, FAILED, LOST, MISTAKE, STOPPED, Stopped, record_code
+from d2v_ds.training.examiner import Examiner, open_examiner
 from d2v_ds.training.guard import Collapsed, newest_healthy
-from d2v_ds.training.init import Start, read_start
+from d2v_ds.training.init import Start, read_start, with_network
 from d2v_ds.training.log import Log
 from d2v_ds.training.loop import run_steps
 from d2v_ds.training.probing import Probes, open_probes
@@ -83,6 +84,7 @@ class Run:
     watch: Watch
     saver: Saver
     probes: Probes
+    examiner: Examiner
     lr_scale: float = 1.0
     """What rollbacks have left of the recipe's learning rate."""
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
@@ -114,13 +116,16 @@ class Run:
             "recipe_hash": self.recipe.hash(),
             "data": fingerprints(self.sources),
             "is_healthy": self.watch.is_firm,
+            "best": self.examiner.best,
             "lr_scale": self.lr_scale,
             "rollbacks": self.rollbacks,
         }
         self.signals.phase = "saving"
         self.watchdog.wait_patiently("saving")
         goes_back, step = self.recipe.health.on_collapse == "rollback", self.step
-        spared = (lambda: newest_healthy(self.folder, step)) if goes_back else None
+        spared = (
+            (lambda: newest_healthy(self.folder, step)) if goes_back else self.examiner.spared(self.folder)
+        )
         self.saver.begin(step, loop, spared)
         self.signals.phase, self.saved = "running", self.step
 
@@ -258,6 +263,8 @@ def train_until_asked(recipe: Recipe, deepspeed: str | None, signals: Signals) -
         for problem in problems:
             print(f"warning: {problem}; taking an older checkpoint", file=sys.stderr, flush=True)
     saved = checkpoints.Checkpoint(start) if start else None
+    if recipe.task:
+        recipe = together(lambda: with_network(recipe, Recipe(**saved.loop["recipe"]) if saved else None))
     if saved:
         together(lambda: check_same_recipe(recipe, saved))
         recipe = together(lambda: check_same_init(recipe, saved))
@@ -275,7 +282,8 @@ def train_until_asked(recipe: Recipe, deepspeed: str | None, signals: Signals) -
     begin = Start() if saved else together(lambda: read_start(recipe))
     agree({"data": fingerprints(sources), "checkpoint": str(start), "init": begin.fingerprint()})
     probes = open_probes_together(recipe, sources, rank)
-    run = build_run(recipe, ds_config, sources, saved, begin, device, rank, world, probes)
+    examiner = together(lambda: open_examiner(recipe, sources))
+    run = build_run(recipe, ds_config, sources, saved, begin, device, rank, world, probes, examiner)
     signals.phase, signals.patience = "running", recipe.train.stop_seconds
     try:
         run_steps(run)
@@ -352,7 +360,8 @@ def open_sources(recipe: Recipe, rank: int) -> list[Source]:
         if rank == 0:
             try:
                 sources = [
-                    open_source(name, config, recipe.data) for name, config in recipe.modalities.items()
+                    open_source(name, config, recipe.data, recipe.task)
+                    for name, config in recipe.modalities.items()
                 ]
             except (ValueError, OSError) as error:
                 outcome = [("data" if isinstance(error, ValueError) else "machine", str(error))]
@@ -363,7 +372,10 @@ def open_sources(recipe: Recipe, rank: int) -> list[Source]:
         return together(
             lambda: (
                 sources
-                or [open_source(name, config, recipe.data) for name, config in recipe.modalities.items()]
+                or [
+                    open_source(name, config, recipe.data, recipe.task)
+                    for name, config in recipe.modalities.items()
+                ]
             )
         )
 
@@ -399,9 +411,13 @@ def build_run(
     rank: int,
     world: int,
     probes: Probes | None = None,
+    examiner: Examiner | None = None,
 ) -> Run:
     torch.manual_seed(recipe.seed)  # equal on all ranks: so are the fresh weights
-    model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat)
+    if recipe.task:
+        model = build_tuned(recipe.body, recipe.modalities, recipe.task, recipe.fairseq_compat)
+    else:
+        model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat)
     optim = recipe.optim
     optimizer = build_optimizer(
         model,
@@ -447,9 +463,10 @@ def build_run(
         recipe, engine, ema, plan, sources, device, rank, world,
         step, applied, first_step, updates_before, log, faults,
         listen(), watchdog, Clock(watchdog, device), identity, step, Watch(recipe.health.patience), saver,
-        probes or Probes(recipe, {}),
+        probes or Probes(recipe, {}), examiner or Examiner(recipe, None),
     )  # fmt: skip
     if saved:
+        run.examiner.best = saved.loop.get("best")
         run.lr_scale, run.rollbacks = saved.loop.get("lr_scale", 1.0), saved.loop.get("rollbacks", [])
     check_room({s.name: s.shelf for s in sources}, plan, rank, world, step)
     run.loader = StepLoader(sources, plan, rank, world, step, recipe.train.steps, recipe.train.workers)

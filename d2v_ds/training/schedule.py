@@ -13,6 +13,14 @@ def learning_rate(optim: Optim, done: int, total: int) -> float:
     return {"cosine": cosine, "tri_stage": tri_stage, "linear": linear}[optim.schedule](optim, done, total)
 
 
+def scaled(optim: Optim, scale: float) -> Optim:
+    """The same schedule for a group that learns with a share of the rate; `min_lr` stays, unless above its highest."""
+    if scale == 1:
+        return optim
+    highest = optim.lr * scale
+    return optim.model_copy(update={"lr": highest, "min_lr": min(optim.min_lr, highest)})
+
+
 def cosine(optim: Optim, done: int, total: int) -> float:
     """Linear from `min_lr` to `lr`, then half a cosine to `min_lr` at `total`."""
     if done < optim.warmup_steps:

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, UnidentifiedImageError
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, model_validator
 
 from d2v_ds.data import Corpus, Draw, Share, Volume
+from d2v_ds.modalities.image import tuning
 from d2v_ds.modalities.source import StreamConfig, draw_views, generator, reason
 from d2v_ds.model.batch import Batch
+from d2v_ds.model.tuned import Task, as_labels
 
 MAX_PIXELS = 100_000_000  # a bomb is refused by its header, before it is decoded
 
@@ -46,8 +48,31 @@ class ImageData(StreamConfig):
     flip: float = 0.5
     jitter: float = Field(0.0, ge=0, le=1)
     """Brightness, contrast and saturation are each changed by a factor from 1 - jitter to 1 + jitter (v1: 0.4)."""
+    rand_augment: str = ""
+    """Of fine-tuning, in timm's notation: rand-m9-mstd0.5-inc1; "" = none."""
+    erase: float = Field(0.0, ge=0, le=1)
+    """Of fine-tuning: share of the crops in which a box is filled with noise (arXiv:1708.04896)."""
+    mixup: NonNegativeFloat = 0.0
+    """Of fine-tuning: alpha of mixup (arXiv:1710.09412); 0 = none."""
+    cutmix: NonNegativeFloat = 0.0
+    """Of fine-tuning: alpha of CutMix (arXiv:1905.04899); 0 = none."""
+    mix_share: float = Field(1.0, ge=0, le=1)
+    """Share of the micro-batches that are mixed."""
+    mix_switch: float = Field(0.5, ge=0, le=1)
+    """Share of CutMix among them, where there are both."""
+    test_crop: float = Field(1.0, gt=0, le=1)
+    """Of a trained model's input: the side of the middle square that is seen, of the shorter side; ImageNet: 0.875."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @model_validator(mode="after")
+    def can_mix(self) -> ImageData:
+        if (self.mixup or self.cutmix) and self.batch % 2:
+            raise ValueError(
+                f"data.batch={self.batch} must be even with data.mixup={self.mixup:g}, data.cutmix={self.cutmix:g}: "
+                "images are mixed in pairs"
+            )
+        return self
 
 
 class ImageSamples:
@@ -60,6 +85,11 @@ class ImageSamples:
     def __init__(self, config: Any, folder: Path):
         self.config = config
         self.fields = {"image": config.data.fields}
+
+    def check_tools(self) -> None:
+        """Before a run that fine-tunes."""
+        if tuning.needs_timm(self.config.data):
+            tuning.import_timm()
 
     def attach(self, corpus: Corpus) -> None:
         self.unit_starts = corpus.shard_starts
@@ -85,13 +115,29 @@ class ImageSamples:
         return decode_image(corpus.read(unit)["image"])
 
     def collate(self, images: list[Image.Image], draws: list[Draw]) -> Batch:
-        pixels = [
-            self.normalise(self.augment(self.recolour(image, draw), generator(draw, "crop")))
-            for image, draw in zip(images, draws, strict=True)
-        ]
         tokens = (self.config.size // self.config.patch) ** 2
         views = draw_views(draws, [tokens] * len(draws), self.config)
-        return Batch("image", torch.stack(pixels), **views)
+        return Batch("image", self.pixels(images, draws), **views)
+
+    def pixels(self, images: list[Image.Image], draws: list[Draw]) -> torch.Tensor:
+        """Random crops, (B, 3, size, size)."""
+        data, crops = self.config.data, []
+        for image, draw in zip(images, draws, strict=True):
+            crop = self.augment(self.recolour(image, draw), generator(draw, "crop"))
+            if data.rand_augment:
+                crop = tuning.recolour(crop, data.rand_augment, data.mean, draw)
+            crop = self.normalise(crop)
+            crops.append(tuning.erase(crop, data.erase, draw) if data.erase else crop)
+        return torch.stack(crops)
+
+    def collate_whole(
+        self, images: list[Image.Image], draws: list[Draw], labels: list[int], task: Task
+    ) -> Batch:
+        """Random crops and their classes, mixed if the recipe says so."""
+        data, source, classes = self.config.data, self.pixels(images, draws), as_labels(labels, task.outputs)
+        if data.mixup or data.cutmix:
+            source, classes = tuning.mix(source, classes, draws, data, task.smoothing, task.outputs)
+        return Batch("image", source, labels=classes)
 
     def recolour(self, image: Image.Image, draw: Draw) -> Image.Image:
         """The whole picture, before any crop, with its changes in random order."""
@@ -124,7 +170,9 @@ class ImageSamples:
                     "or give a PIL image of any size"
                 )
             return image
-        return self.normalise(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
+        image = to_rgb(image)
+        box = None if self.config.data.test_crop == 1 else middle(image.size, self.config.data.test_crop)
+        return self.normalise(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
     def pad(self, images: list[torch.Tensor]) -> Batch:
         return Batch("image", torch.stack(images))
@@ -158,6 +206,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode == "F":
         raise ValueError("image of 32-bit floats has no defined range; store it as 8 or 16 bits")
     return image.convert("RGB")
+
+
+def middle(size: tuple[int, int], share: float) -> tuple[float, float, float, float]:
+    """The square in the middle whose side is this share of the shorter side: what resizing the shorter side to
+    `size / share` and cutting out the middle leaves."""
+    side = share * min(size)
+    left, upper = (size[0] - side) / 2, (size[1] - side) / 2
+    return left, upper, left + side, upper + side
 
 
 def crop_box(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from d2v_ds.data.buckets import expected_extremes
 from d2v_ds.modalities.source import StreamConfig, column_name, draw_views, pad_stack
 from d2v_ds.modalities.text.tokenizer import BOS, EOS, PAD, load_tokenizer
 from d2v_ds.model.batch import Batch
+from d2v_ds.model.tuned import Task, as_labels
 
 PARTS = ("text", "pair")
 """Fields of a sample that are text."""
@@ -185,6 +187,13 @@ class TextSamples:
         padding = source == PAD
         views = draw_views(draws, lengths, self.config)
         return Batch("text", source, padding if bool(padding.any()) else None, **views)
+
+    def collate_whole(
+        self, rows: list[np.ndarray], draws: list[Draw], labels: list[float], task: Task
+    ) -> Batch:
+        """Whole texts, padded, and what they are."""
+        batch = self.pad([torch.from_numpy(row) for row in rows])
+        return dataclasses.replace(batch, labels=as_labels(labels, task.outputs))
 
     def prepare(self, text: str | torch.Tensor | list[int]) -> torch.Tensor:
         """One text as a trained model sees it: <s>, ids, </s>, cut to max_tokens; (T,). Ids are taken as they are."""

@@ -1,0 +1,167 @@
+"""Fine-tuning: the encoder of a pre-trained student with a head on it, and the loss of what the head says.
+
+No masks, no teacher, no decoder. B samples, T tokens, E extra tokens, D dim, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from d2v_ds.config import Config
+from d2v_ds.model.batch import Batch
+from d2v_ds.model.data2vec import Data2Vec
+from d2v_ds.model.encoder import ModalityConfig, ModalityEncoder
+from d2v_ds.model.heads import HeadConfig, build_head, init_head
+from d2v_ds.model.layers import Body
+
+
+class Task(Config):
+    """What a fine-tuned model learns to say."""
+
+    head: Literal["image_classification", "sentence_classification"]
+    outputs: PositiveInt
+    """Classes; 1 = one number, regression."""
+    labels: tuple[str, ...] | None = None
+    """Names of the classes, where labels are those and not numbers from 0."""
+    label: str = "cls;json.label"
+    """Member, or key of a json member, that holds the label."""
+    encoder: str | None = None
+    """The recipe whose network is trained from random weights, if there is no `init`."""
+    trained: Literal["all", "head"] = "all"
+    """head: the encoder stays as it is, a linear probe."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Block i of n learns with decay^(n - i) of the learning rate; all that is no block with the whole of it."""
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of a label that is spread over all classes."""
+    factor: float = 1.0
+    """Of regression: labels are multiplied by it."""
+    metrics: tuple[str, ...] = ("accuracy",)
+    """What the model is scored by (d2v_ds.tasks.metrics); the best has the highest mean of them."""
+    test: str | dict[str, str] | None = None
+    """Labelled shards that the model is scored on: a pattern, inside the data folder or a path of its own; several by
+    {name: pattern}."""
+    test_every: NonNegativeInt = 0
+    """Steps between two scores; 0 = at the end alone. The checkpoint with the best one stays."""
+
+    @model_validator(mode="after")
+    def consistent(self) -> Task:
+        if self.labels is not None and len(self.labels) != self.outputs:
+            raise ValueError(
+                f"task.labels names {len(self.labels)} classes, task.outputs={self.outputs}; they must agree"
+            )
+        if self.test_every and not self.test:
+            raise ValueError(
+                f"task.test_every={self.test_every} needs labelled shards: set task.test to a pattern"
+            )
+        return self
+
+    @property
+    def head_config(self) -> HeadConfig:
+        return HeadConfig(kind=self.head, outputs=self.outputs, labels=self.labels)
+
+    def parse(self, text: str) -> float | int:
+        """A label as the loss takes it; ValueError for one that the head cannot say."""
+        if not text:
+            raise ValueError(
+                f"no label: '{self.label}' is not in it; name its member or json key, task.label="
+            )
+        if self.outputs == 1:
+            try:
+                return float(text) * self.factor
+            except ValueError:
+                raise ValueError(f"label {text!r} is no number, task.outputs=1 needs one") from None
+        number = int(text) if text.isascii() and text.isdigit() else -1
+        if self.labels and text in self.labels:
+            number = self.labels.index(text)
+        if not 0 <= number < self.outputs:
+            named = f", or one of {', '.join(self.labels[:8])}" if self.labels else ""
+            raise ValueError(
+                f"label {text!r} is no class: task.outputs={self.outputs} takes whole numbers 0 to {self.outputs - 1}"
+                f"{named}; set task.outputs, or name another member or key, task.label="
+            )
+        return number
+
+
+class Output(NamedTuple):
+    """What one micro-batch gives; `loss` is a sum over samples."""
+
+    loss: Tensor
+    sample_size: Tensor
+    losses: dict[str, Tensor]
+    logits: Tensor
+
+
+class Tuned(Data2Vec):
+    """`forward(batch)` is one fine-tuning pass; parameters have the names of the pre-trained student's, and `head.`."""
+
+    def __init__(
+        self,
+        body: Body,
+        configs: dict[str, ModalityConfig],
+        encoders: dict[str, ModalityEncoder],
+        task: Task,
+        fairseq_compat: bool = False,
+    ):
+        super().__init__(body, configs, encoders, {}, fairseq_compat)
+        self.task = task
+        for encoder in self.encoders.values():
+            encoder.context.mask_token = None
+        self.head = build_head(task.head_config, body.dim)
+
+    def finish_init(self) -> None:
+        """After the encoder's own initialisation."""
+        init_head(self.head)
+        if self.task.trained == "head":
+            self.requires_grad_(False)
+            self.head.requires_grad_(True)
+
+    def forward(self, batch: Batch, is_observed: bool = False) -> Output:
+        *_, (last, _) = self.walk(batch)
+        x_BTD = self.norm(last)[:, self.configs[batch.modality].extra_tokens :]
+        logits = self.head(x_BTD, batch.padding_BT)
+        loss = self.criterion(logits.float(), batch.labels)
+        return Output(loss, loss.new_tensor(len(logits)), {}, logits.detach())
+
+    def criterion(self, logits_BC: Tensor, labels: Tensor) -> Tensor:
+        """Summed over samples: cross entropy of class ids (B) or shares (B, C), or squared error of numbers (B)."""
+        if self.task.outputs == 1:
+            return F.mse_loss(logits_BC[:, 0], labels.float(), reduction="sum")
+        return F.cross_entropy(logits_BC, labels, reduction="sum", label_smoothing=self.smoothing(labels))
+
+    def smoothing(self, labels: Tensor) -> float:
+        """Shares are smooth already."""
+        return 0.0 if labels.is_floating_point() else self.task.smoothing
+
+    def followed(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """No teacher."""
+        return iter(())
+
+    def depth_of(self, name: str) -> int | None:
+        """Which block, prenet ones first, a parameter is in; None for what is in none."""
+        if name.startswith("blocks."):
+            return self.prenet_depth + int(name.split(".")[1])
+        _, _, inside = name.partition(".context.blocks.")
+        return int(inside.split(".")[0]) if inside else None
+
+    def lr_scale(self, name: str) -> float:
+        """A parameter's share of the learning rate: decay^(n - i) for block i of n."""
+        depth = self.depth_of(name)
+        return (
+            1.0 if depth is None else self.task.layer_decay ** (self.prenet_depth + len(self.blocks) - depth)
+        )
+
+    @property
+    def prenet_depth(self) -> int:
+        (encoder,) = self.encoders.values()
+        return len(encoder.context.blocks)
+
+
+def as_labels(values: list[Any], outputs: int) -> Tensor:
+    """(B): numbers of a regression, or ids of classes."""
+    return torch.tensor(values, dtype=torch.float32 if outputs == 1 else torch.int64)

@@ -1,0 +1,184 @@
+"""How good is a fine-tuned model on its way? Scored on labelled shards, as `d2v eval` does; the best checkpoint stays.
+
+Nothing of the run is touched: weights are copied (from the ranks' shards at ZeRO-3) into a network of its own. Ranks
+share the samples, and see the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from d2v_ds.convert.features import Encoder
+from d2v_ds.convert.load import assign
+from d2v_ds.data import Source
+from d2v_ds.engine.gather import whole_weights
+from d2v_ds.engine.saver import folder_name
+from d2v_ds.engine.tensor_file import write_bytes
+from d2v_ds.modalities.build import build_model
+from d2v_ds.modalities.source import shard_pattern
+from d2v_ds.model.heads import HEAD, build_head
+from d2v_ds.recipe import Recipe
+from d2v_ds.tasks.evaluate import answers
+from d2v_ds.tasks.items import Items, Name, open_items
+from d2v_ds.tasks.metrics import measure
+from d2v_ds.tasks.table import Bad
+from d2v_ds.training.agreement import together
+from d2v_ds.training.probing import undisturbed
+
+if TYPE_CHECKING:
+    from d2v_ds.training.run import Run
+
+FILE = "scores.jsonl"
+BATCH = 32
+
+
+class Examiner:
+    """`score(run)` when it is due; one of a recipe without a test never is."""
+
+    best: dict[str, Any] | None = None
+    """Step, score and metrics of the best checkpoint."""
+
+    def __init__(
+        self, recipe: Recipe, parts: dict[str, tuple[Items, list[float]]] | None, samples: Any = None
+    ):
+        """`parts`: of each test its items and what is true of them."""
+        self.recipe, self.parts, self.samples = recipe, parts or {}, samples
+
+    def is_due(self, step: int) -> bool:
+        every = self.recipe.task.test_every if self.parts else 0
+        return bool(self.parts) and (step == self.recipe.train.steps or bool(every and step % every == 0))
+
+    def score(self, run: Run) -> None:
+        """Writes scores.jsonl and TensorBoard, and saves a checkpoint if none was as good; all ranks call it."""
+        run.watchdog.wait_patiently("scoring")
+        with undisturbed():
+            encoder = build_encoder(run, self.samples)
+            found = {name: self.score_part(run, encoder, *part) for name, part in self.parts.items()}
+        row = flatten(found) | {"unreadable": sum(values["unreadable"] for values in found.values())}
+        row["score"] = sum(values["score"] for values in found.values()) / len(found)
+        if run.log:
+            run.log.probe(
+                FILE, {"step": run.step, **row}, {f"test/{key}": value for key, value in row.items()}
+            )
+        numbers = "  ".join(
+            f"{key} {value:.4f}" for key, value in row.items() if key not in ("score", "unreadable")
+        )
+        is_best = self.best is None or row["score"] > self.best["score"]
+        run.say(f"test at step {run.step}: {numbers}{' (best)' * is_best}")
+        if is_best:
+            self.best = {"step": run.step, **row}
+            run.save()
+            if run.rank == 0:
+                write_best(run.folder, self.best)
+
+    def score_part(self, run: Run, encoder: Encoder, items: Items, truths: list[float]) -> dict[str, float]:
+        mine = Share(items, run.rank, run.world)
+        bad: list[Bad] = []
+        logits, places = together(lambda: answers(encoder, mine, BATCH, run.recipe.train.workers or 1, bad))
+        everyone: list[Any] = [None] * run.world
+        dist.all_gather_object(everyone, (logits, [mine.place(i) for i in places], len(bad)))
+        rows = [(i, row) for logits, found, _ in everyone for i, row in zip(found, logits, strict=True)]
+        if not rows:
+            raise ValueError(f"task.test: none of {items.words} can be read")
+        rows.sort(key=lambda row: row[0])
+        logits_NC = torch.stack([row for _, row in rows])
+        truth_N = torch.tensor([truths[i] for i, _ in rows])
+        found = measure(self.recipe.task.metrics, logits_NC, truth_N)
+        return found | {"unreadable": sum(count for _, _, count in everyone)}
+
+    def spared(self, run: Path) -> Callable[[], Path] | None:
+        """The checkpoint that is kept besides the last ones."""
+        if self.best is None:
+            return None
+        best = run / folder_name(self.best["step"])
+        return lambda: best
+
+
+class Share:
+    """Every n-th of some items, for one of n ranks."""
+
+    def __init__(self, items: Items, rank: int, world: int):
+        self.items, self.rank, self.world = items, rank, world
+        self.fingerprint, self.words, self.has_labels = items.fingerprint, items.words, items.has_labels
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.items), self.world))
+
+    def place(self, i: int) -> int:
+        return self.rank + i * self.world
+
+    def name(self, i: int) -> Name:
+        return self.items.name(self.place(i))
+
+    def read(self, i: int) -> Any:
+        return self.items.read(self.place(i))
+
+
+def open_examiner(recipe: Recipe, sources: list[Source]) -> Examiner:
+    """Reads all labels of the test; ValueError names the first that is missing or cannot be said."""
+    task = recipe.task
+    if task is None or task.test is None:
+        return Examiner(recipe, None)
+    (source,) = sources
+    patterns = task.test if isinstance(task.test, dict) else {"": task.test}
+    samples, parts = source.samples.samples, {}
+    for name, pattern in patterns.items():
+        items = open_items(where(recipe, pattern), source.name, samples, task.label)
+        parts[name] = items, [read_truth(items, i, recipe) for i in range(len(items))]
+    return Examiner(recipe, parts, samples)
+
+
+def where(recipe: Recipe, pattern: str) -> str:
+    """A pattern inside the data folder, or a path of its own."""
+    if Path(pattern).exists() or "/" in pattern:
+        return pattern
+    inside = shard_pattern(recipe.data, pattern)
+    return inside if isinstance(inside, str) else "::".join(inside)
+
+
+def read_truth(items: Items, i: int, recipe: Recipe) -> float:
+    try:
+        return recipe.task.parse(items.read(i)[1] if items.has_labels else "")
+    except ValueError as error:
+        raise ValueError(f"task.test: {items.name(i).full}: {error}") from error
+
+
+def build_encoder(run: Run, samples: Any) -> Encoder:
+    """A network of its own with the run's weights, and its head."""
+    recipe, (name,) = run.recipe, run.recipe.modalities
+    tensors = whole_weights(run.engine, lambda _: True)
+    with torch.device("meta"):
+        model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat, has_teacher=False)
+        head = build_head(recipe.task.head_config, recipe.body.dim)
+    model.decoders = nn.ModuleDict()
+    model.encoders[name].context.mask_token = None
+    assign(model, tensors, run.folder)
+    assign(
+        head, {key.removeprefix(HEAD): t for key, t in tensors.items() if key.startswith(HEAD)}, run.folder
+    )
+    encoder = Encoder(model, name, samples, recipe, head=head, head_config=recipe.task.head_config)
+    return encoder.requires_grad_(False).eval().to(run.device)
+
+
+def flatten(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """`accuracy`, or of several parts `accuracy_matched`, ..."""
+    return {
+        f"{key}_{name}" if name else key: value
+        for name, values in found.items()
+        for key, value in values.items()
+        if key not in ("score", "unreadable")
+    }
+
+
+def write_best(folder: Path, best: dict[str, Any]) -> None:
+    """best.json: the step, and its numbers."""
+    path = folder / "best.json"
+    path.unlink(missing_ok=True)
+    write_bytes(path, json.dumps(best, indent=1).encode())
