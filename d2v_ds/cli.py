@@ -79,8 +79,21 @@ def build_parser() -> argparse.ArgumentParser:
     imported.add_argument("--out", type=Path, required=True, help="folder to write")
     imported.set_defaults(run=run_import)
 
-    index = commands.add_parser("index", help="build the index of tar shards")
+    index = commands.add_parser("index", help="build the index of tar shards, and measure what is in them")
     add_shards(index)
+    index.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="count the tokens of texts, too, with this one",
+    )
+    index.add_argument(
+        "--text", default=None, metavar="FIELDS", help="members that hold text (default: txt;json.text)"
+    )
+    index.add_argument(
+        "--no-lengths", action="store_true", help="do not measure sounds: training does it when it needs them"
+    )
     index.set_defaults(run=run_index)
 
     verify = commands.add_parser("verify", help="read every byte of shards and compare with their index")
@@ -290,11 +303,38 @@ def run_import(arguments: argparse.Namespace) -> int:
 
 
 def run_index(arguments: argparse.Namespace) -> int:
+    """Lengths as recipes have them by default; of other fields `d2v plan` measures them."""
     from d2v_ds.data import ensure_index
 
-    indexes = ensure_index(find_shards(arguments), arguments.workers)
+    if arguments.text and not arguments.tokenizer:
+        raise ValueError(f"--text {arguments.text} has no meaning without --tokenizer FILE")
+    if arguments.tokenizer and not arguments.tokenizer.is_file():
+        raise ValueError(f"--tokenizer {arguments.tokenizer} is not there; `d2v tokenizer` makes one")
+    paths = find_shards(arguments)
+    indexes = ensure_index(paths, arguments.workers)
     print(f"{sum(index.num_samples for index in indexes)} samples in {len(indexes)} shards")
+    for name, config in measured_configs(arguments).items():
+        from d2v_ds.modalities.source import measure_ahead
+
+        if not measure_ahead(name, config, indexes, arguments.workers) and name == "text":
+            print(f"none of them has a member for {name} ({config.data.fields})")
     return 0
+
+
+def measured_configs(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The modalities whose lengths `d2v index` is asked for."""
+    from d2v_ds.modalities import config_class
+
+    configs = {} if arguments.no_lengths else {"audio": config_class("audio")()}
+    if arguments.tokenizer:
+        data = {
+            "tokenizer": str(arguments.tokenizer.absolute()),
+            **({"fields": arguments.text} if arguments.text else {}),
+        }
+        configs["text"] = config_class("text")(
+            vocabulary=2**31, data=data
+        )  # any: columns depend on the file alone
+    return configs
 
 
 def run_verify(arguments: argparse.Namespace) -> int:

@@ -17,8 +17,9 @@ from pydantic import PositiveFloat, PositiveInt, ValidationInfo, field_validator
 from torch import Tensor
 
 from d2v_ds.config import Config
-from d2v_ds.data import Corpus, Draw, Share, Source, deal, expand_shards
+from d2v_ds.data import Corpus, Draw, ShardIndex, Share, Source, deal, expand_shards
 from d2v_ds.data.published import energon_train
+from d2v_ds.data.reader import parse_fields
 from d2v_ds.modalities import samples_class
 from d2v_ds.modalities.labelled import Labelled, check_labels
 from d2v_ds.model.batch import make_masked, make_views
@@ -111,6 +112,16 @@ def open_source(name: str, config: Any, data: str, task: Task | None = None) -> 
         check_labels(name, corpus, task)
     shares = build_shares(shards, corpus, samples, config.data)
     return Source(name, corpus, samples, config.data.batch, config.data.micro_batches, shares)
+
+
+def measure_ahead(name: str, config: Any, shards: list[ShardIndex], workers: int | None = None) -> bool:
+    """Measures the lengths that a run with these fields wants, of the shards that have any; whether there are some."""
+    samples = samples_class(name)(config, Path())
+    extensions = {part.extension for parts in parse_fields(samples.fields).values() for part in parts}
+    paths = [shard.remote or shard.path for shard in shards if extensions & shard.extension_counts.keys()]
+    if paths:
+        Corpus.open(paths, samples.fields, samples.measure, samples.measure_name, workers=workers)
+    return bool(paths)
 
 
 def column_name(base: str, config: StreamConfig) -> str:

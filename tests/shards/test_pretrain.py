@@ -1,4 +1,4 @@
-"""`scripts/pretrain_*.sh`: from archives on a server, or pictures in a folder, to a checkpoint; run again, they go on."""
+"""`scripts/pretrain_*.sh`: from archives on a server, or a folder, to a checkpoint; run again, they go on."""
 
 from __future__ import annotations
 
