@@ -20,6 +20,7 @@ from d2v_ds.convert.folder import FORMAT, TOKENIZERS, check_out, staged
 from d2v_ds.convert.sharded import SHARD_BYTES, Shapes, parse_dtype, write_weights
 from d2v_ds.convert.stored import Stored
 from d2v_ds.engine.checkpoint import Checkpoint, damage, newest
+from d2v_ds.engine.saver import folder_name
 from d2v_ds.model.data2vec import TEACHER
 from d2v_ds.recipe import Recipe
 
@@ -33,19 +34,28 @@ LICENCE = (
 
 
 def find_checkpoint(run: Path) -> Checkpoint:
-    """The newest whole checkpoint of a run folder, or the checkpoint folder itself."""
+    """The newest whole checkpoint of a run folder, the best one of a fine-tuned run, or the checkpoint folder itself."""
     if (run / "manifest.json").is_file():
         problem = damage(run)
         if problem:
             raise ValueError(f"{problem}; give another step_* folder, or the run for the newest whole one")
         return Checkpoint(run)
-    found, problems = newest(run)
+    best = best_checkpoint(run)
+    found, problems = (best, []) if best else newest(run)
     if found is None:
         why = "; ".join(problems) or "it has no step_* folder"
         raise ValueError(
             f"{run} holds no checkpoint: {why}; give a run folder (checkpoints/NAME) or a step_* folder"
         )
     return Checkpoint(found)
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """What best.json of a fine-tuned run names, if it is there and whole."""
+    if not (run / "best.json").is_file():
+        return None
+    best = run / folder_name(json.loads((run / "best.json").read_bytes())["step"])
+    return best if best.is_dir() and damage(best) is None else None
 
 
 def collect_weights(checkpoint: Checkpoint, weights: Weights) -> dict[str, Tensor]:

@@ -139,7 +139,7 @@ class Encoder(nn.Module):
                 return paths
             return [join_symbols(labels[i] for i in path) for path in paths]
         if self.head_config.outputs == 1:
-            return logits[:, 0].tolist()
+            return (logits[:, 0] / self.head_config.factor).tolist()
         return [labels[i] for i in logits.argmax(dim=-1).tolist()]
 
     def prepare(self, x: Any, rate: int | None = None) -> list[Tensor]:

@@ -26,6 +26,8 @@ class HeadConfig(Config):
     """What each output means, where it is known."""
     updates: NonNegativeInt | None = None
     """Of fine-tuning, where the file says so."""
+    factor: float = 1.0
+    """Of one output: it is the number times this."""
 
 
 class ImageHead(nn.Module):

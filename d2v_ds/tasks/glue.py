@@ -18,7 +18,7 @@ from d2v_ds.convert.load import load
 from d2v_ds.tasks.embed import best_device
 from d2v_ds.tasks.evaluate import answers, check_head, read_classes, read_labels
 from d2v_ds.tasks.items import Items, open_items, paired
-from d2v_ds.tasks.metrics import METRICS, OF_NUMBERS, measure
+from d2v_ds.tasks.metrics import OF_NUMBERS, check_metrics, measure
 from d2v_ds.tasks.table import Bad, write_whole
 
 GLUE: dict[str, tuple[str, ...]] = {
@@ -107,16 +107,7 @@ def find_splits(data: str) -> tuple[dict[str, str], str | None]:
 def choose_metrics(encoder: Encoder, task: str | None, metrics: list[str] | None) -> tuple[str, ...]:
     is_number = encoder.head_config.outputs == 1
     names = tuple(metrics or GLUE.get(task, OF_NUMBERS if is_number else ("accuracy", "macro_f1")))
-    for name in names:
-        if name not in METRICS:
-            raise ValueError(f"metric {name!r} is not known; there are {', '.join(METRICS)}")
-        if (name in OF_NUMBERS) != is_number:
-            has = "one output, a number" if is_number else f"{encoder.head_config.outputs} classes"
-            raise ValueError(f"{name} does not go with the head of {encoder.origin}, which has {has}")
-        if name == "f1" and encoder.head_config.outputs != 2:
-            raise ValueError(
-                f"f1 is of two classes, the head of {encoder.origin} has {encoder.head_config.outputs}"
-            )
+    check_metrics(names, encoder.head_config.outputs, encoder.origin)
     return names
 
 

@@ -74,6 +74,19 @@ OF_NUMBERS = ("pearson", "spearman")
 """The others are of classes."""
 
 
+def check_metrics(names: tuple[str, ...], outputs: int, source: str) -> None:
+    """Raises ValueError for metrics that are not known, or not of a head with so many outputs."""
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"{source}: metric {name!r} is not known; there are {', '.join(METRICS)}")
+        if (name in OF_NUMBERS) != (outputs == 1):
+            has = "one output, a number" if outputs == 1 else f"{outputs} classes"
+            fitting = [other for other in METRICS if (other in OF_NUMBERS) == (outputs == 1)]
+            raise ValueError(f"{source}: {name} does not go with {has}; take of {', '.join(fitting)}")
+        if name == "f1" and outputs != 2:
+            raise ValueError(f"{source}: f1 is of two classes, not of {outputs}; macro_f1 is of any number")
+
+
 def measure(names: tuple[str, ...], logits_NC: Tensor, truth_N: Tensor) -> dict[str, float]:
     """Each metric of a head's outputs, and `score`, their mean, by which checkpoints are chosen.
 
