@@ -332,7 +332,7 @@ def check_variant(name: str, variant: str, *known_variants: str) -> None:
 def read_yaml(path: Path) -> Recipe:
     if not path.is_file():
         raise ValueError(
-            f"recipe file {path} does not exist; give a YAML file or one of {', '.join(recipes())}"
+            f"recipe file {path} does not exist; give a YAML file or a shipped recipe, which `d2v recipes` lists"
         )
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -34,7 +34,7 @@ LICENCE = (
 
 
 def find_checkpoint(run: Path) -> Checkpoint:
-    """The newest whole checkpoint of a run folder, the best one of a fine-tuned run, or the checkpoint folder itself."""
+    """The newest whole checkpoint of a run folder, of a fine-tuned one the best, or the checkpoint folder itself."""
     if (run / "manifest.json").is_file():
         problem = damage(run)
         if problem:

@@ -63,7 +63,7 @@ class Task(Config):
 
     @property
     def head_config(self) -> HeadConfig:
-        return HeadConfig(kind=self.head, outputs=self.outputs, labels=self.labels)
+        return HeadConfig(kind=self.head, outputs=self.outputs, labels=self.labels, factor=self.factor)
 
     def parse(self, text: str) -> float | int:
         """A label as the loss takes it; ValueError for one that the head cannot say."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from d2v_ds.convert.features import Encoder
 from d2v_ds.convert.load import load
@@ -69,10 +68,14 @@ def evaluate_glue(
         encoder.samples = paired(encoder.samples, shards)
         items = open_items(shards, "text", encoder.samples, label or LABEL)
         opened.append((split, items, encoder.samples, read_truths(items, encoder, label or LABEL, data)))
-    found, unreadable, count = {}, [], 0
+    found: dict[str, dict[str, float]] = {}
+    unreadable: list[Bad] = []
+    count = 0
     for split, items, encoder.samples, truths in opened:
-        logits, places = run(encoder, items, batch, workers, unreadable)
-        found[split] = measure(names, logits, torch.tensor([truths[i] for i in places]))
+        logits, places = answers(encoder, items, batch, workers, unreadable)
+        if not places:
+            raise ValueError(f"none of {items.words} can be read; the first: {unreadable[0].reason}")
+        found[split] = measure(names, torch.stack(logits), torch.tensor([truths[i] for i in places]))
         count += len(places)
     result = {
         "task": task or "text",
@@ -129,16 +132,6 @@ def read_truths(items: Items, encoder: Encoder, label: str, data: str | Path) ->
 def class_names(data: str | Path) -> list[str] | None:
     path = Path(data) / "classes.json"
     return json.loads(path.read_bytes()) if path.is_file() else None
-
-
-def run(
-    encoder: Encoder, items: Items, batch: int, workers: int | None, unreadable: list[Bad]
-) -> tuple[Tensor, list[int]]:
-    """The head's outputs (N, C), and which items they are of."""
-    logits, places = answers(encoder, items, batch, workers, unreadable)
-    if not logits:
-        raise ValueError(f"none of {items.words} can be read; the first: {unreadable[0].reason}")
-    return torch.stack(logits), places
 
 
 def flatten(found: dict[str, dict[str, float]]) -> dict[str, float]:

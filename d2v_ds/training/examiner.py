@@ -27,7 +27,7 @@ from d2v_ds.model.heads import HEAD, build_head
 from d2v_ds.recipe import Recipe
 from d2v_ds.tasks.evaluate import answers
 from d2v_ds.tasks.items import Items, Name, open_items
-from d2v_ds.tasks.metrics import measure
+from d2v_ds.tasks.metrics import check_metrics, measure
 from d2v_ds.tasks.table import Bad
 from d2v_ds.training.agreement import together
 from d2v_ds.training.probing import undisturbed
@@ -126,6 +126,7 @@ def open_examiner(recipe: Recipe, sources: list[Source]) -> Examiner:
     task = recipe.task
     if task is None or task.test is None:
         return Examiner(recipe, None)
+    check_metrics(task.metrics, task.outputs, f"task.metrics={','.join(task.metrics)}")
     (source,) = sources
     patterns = task.test if isinstance(task.test, dict) else {"": task.test}
     samples, parts = source.samples.samples, {}

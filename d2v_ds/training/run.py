@@ -34,6 +34,7 @@ from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import Recipe, is_free, load_recipe, write_yaml
 from d2v_ds.training.agreement import agree, settings, together
 from d2v_ds.training.arguments import Arguments, parse_arguments
+from d2v_ds.training.classes import with_classes
 from d2v_ds.training.clock import Clock
 from d2v_ds.training.codes import COLLAPSED, FAILED, LOST, MISTAKE, STOPPED, Stopped, record_code
 from d2v_ds.training.examiner import Examiner, open_examiner
@@ -264,7 +265,8 @@ def train_until_asked(recipe: Recipe, deepspeed: str | None, signals: Signals) -
             print(f"warning: {problem}; taking an older checkpoint", file=sys.stderr, flush=True)
     saved = checkpoints.Checkpoint(start) if start else None
     if recipe.task:
-        recipe = together(lambda: with_network(recipe, Recipe(**saved.loop["recipe"]) if saved else None))
+        before = Recipe(**saved.loop["recipe"]) if saved else None
+        recipe = together(lambda: with_classes(with_network(recipe, before), before))
     if saved:
         together(lambda: check_same_recipe(recipe, saved))
         recipe = together(lambda: check_same_init(recipe, saved))

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# GLUE: every task, learning rate and seed fine-tuned from one model; of each task the best rate, the median of its seeds.
+#
+#   INIT=checkpoints/text_base GLUE=glue_data bash scripts/finetune_glue.sh [key=value ...]
+#
+#   INIT      a run, an export, a fairseq file or a Hugging Face folder
+#   GLUE      folder of the original TSV files or of Hugging Face's parquet files (docs/data.md), read once
+#   OUT       where runs, shards and results go (default: checkpoints/glue)
+#   TASKS     default: cola mnli mrpc qnli qqp rte sst2 stsb
+#   LRS       default: 1e-5 2e-5 4e-5 6e-5
+#   SEEDS     default: 1 2 3 4 5
+#   NUM_GPUS  runs at the same time, each on one GPU (default: all there are; without a GPU 1)
+#   DEEPSPEED preset or file (default: zero0)
+#
+# Stopped at any moment, the same command goes on: finished runs are skipped, a run that was cut goes on from its last
+# checkpoint. Table and $OUT/glue.json at the end; a run that fails is named, the others go on, and the exit code is 1.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+out="${OUT:-checkpoints/glue}"
+read -ra tasks <<< "${TASKS:-cola mnli mrpc qnli qqp rte sst2 stsb}"
+read -ra rates <<< "${LRS:-1e-5 2e-5 4e-5 6e-5}"
+read -ra seeds <<< "${SEEDS:-1 2 3 4 5}"
+gpus="${NUM_GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}"
+[ -n "${INIT:-}" ] || fail "set INIT to the model to fine-tune"
+mkdir -p "$out"
+
+for task in "${tasks[@]}"; do
+    if [ ! -f "$out/shards/$task/manifest.json" ]; then
+        [ -n "${GLUE:-}" ] || fail "set GLUE to the folder of GLUE's files"
+        d2v prepare glue "$GLUE" --task "$task" --out "$out/shards/$task"
+    fi
+done
+
+runs=()
+for task in "${tasks[@]}"; do
+    for rate in "${rates[@]}"; do
+        for seed in "${seeds[@]}"; do runs+=("$task $rate $seed"); done
+    done
+done
+
+# Runs i, i + n, ... of n workers, worker i on GPU i. They go in the background, so that a signal reaches us first.
+work() {
+    local worker=$1 workers=$2 task rate seed run child= code
+    shift 2
+    trap '[ -z "$child" ] || kill -TERM "$child" 2> /dev/null; wait; exit 85' TERM
+    [ "$gpus" -eq 0 ] || export CUDA_VISIBLE_DEVICES="$worker"
+    for ((i = worker; i < ${#runs[@]}; i += workers)); do
+        read -r task rate seed <<< "${runs[i]}"
+        run="$out/$task/lr_${rate}_seed_${seed}"
+        [ "$(cat "$run/finished" 2> /dev/null)" != "$INIT $*" ] || continue
+        echo "$run"
+        mkdir -p "$run"
+        python train.py --deepspeed "${DEEPSPEED:-zero0}" --recipe "finetune_text_$task" init="$INIT" \
+            data="$out/shards/$task" optim.lr="$rate" seed="$seed" out="$run" "$@" >> "$run/output.log" 2>&1 &
+        child=$! code=0
+        wait "$child" || code=$?
+        [ "$code" -ne 85 ] || exit 85 # stopped by a signal
+        if [ "$code" -eq 0 ]; then
+            echo "$INIT $*" > "$run/finished"
+        else
+            echo "failed: $run ($(grep '^error' "$run/output.log" | tail -1 || true))" >&2
+            touch "$out/.failed"
+        fi
+    done
+}
+
+rm -f "$out/.failed"
+workers=$((gpus > 1 ? gpus : 1))
+pids=()
+for ((w = 0; w < workers; w++)); do
+    work "$w" "$workers" "$@" &
+    pids+=($!)
+done
+trap 'kill -TERM "${pids[@]}" 2> /dev/null; wait; exit 130' INT TERM
+for pid in "${pids[@]}"; do wait "$pid" || exit $?; done
+python -m d2v_ds.tasks.sweep "$out"
+[ ! -f "$out/.failed" ] || fail "some runs failed (above); the same command tries them again"
