@@ -376,7 +376,7 @@ def run_recipes(arguments: argparse.Namespace) -> int:
     from d2v_ds.recipe import recipes
 
     for name, function in sorted(recipes().items()):
-        print(f"{name:20} {(function.__doc__ or '').splitlines()[0]}")
+        print(f"{name:30} {(function.__doc__ or '').splitlines()[0]}")
     return 0
 
 

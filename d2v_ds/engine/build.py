@@ -11,6 +11,7 @@ from torch import nn
 from d2v_ds.engine.step import loss_scaler
 from d2v_ds.model.data2vec import TEACHER, Data2Vec
 from d2v_ds.model.decoder import Decoder
+from d2v_ds.model.heads import HEAD
 from d2v_ds.model.layers import Block
 
 
@@ -27,20 +28,28 @@ def fetched_whole(model: Data2Vec) -> Iterator[nn.Module]:
 
 
 def parameter_groups(model: Data2Vec, weight_decay: float, decay: str) -> list[dict[str, Any]]:
-    """Trainable parameters by (followed by the teacher, decayed, share of the learning rate): so no EMA is kept for a
-    decoder.
+    """Trainable parameters by (followed by the teacher, of a head, decayed, share of the learning rate): so no EMA is
+    kept for a decoder.
 
     With decay="matrices", one-dimensional parameters, biases and ALiBi scales are not decayed.
     """
     followed = {name for name, student, _ in model.followed() if student.requires_grad}
-    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = decay == "all" or (parameter.ndim > 1 and not name.endswith("alibi_scale"))
-            groups.setdefault((name in followed, decays, model.lr_scale(name)), []).append(parameter)
+            key = name in followed, name.startswith(HEAD), decays, model.lr_scale(name)
+            groups.setdefault(key, []).append(parameter)
     return [
-        {"params": members, "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
-        for (_, decays, scale), members in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        {
+            "params": members,
+            "weight_decay": weight_decay if decays else 0.0,
+            "lr_scale": scale,
+            "is_head": is_head,
+        }
+        for (_, is_head, decays, scale), members in sorted(
+            groups.items(), key=lambda item: item[0], reverse=True
+        )
     ]
 
 

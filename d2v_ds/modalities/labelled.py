@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class Labelled:
         if hasattr(samples, "check_tools"):
             samples.check_tools()
         self.samples, self.task = samples, task
+        self.parse = samples.parser(task) if task.head == "ctc" else task.parse
         self.fields = {**samples.fields, FIELD: f"{task.label};"}
 
     def __getattr__(self, name: str) -> Any:
@@ -43,7 +45,11 @@ class Labelled:
 
     def read(self, corpus: Corpus, unit: int) -> tuple[Any, float | int]:
         fields = corpus.read(unit)
-        return self.samples.read(Fields(fields), unit), self.task.parse(text_of(fields))
+        label = self.parse(text_of(fields))
+        decoded = self.samples.read(Fields(fields), unit)
+        if hasattr(self.samples, "check_pair"):
+            self.samples.check_pair(decoded, label, self.task)
+        return decoded, label
 
     def collate(self, pairs: list[tuple[Any, float | int]], draws: list[Draw]) -> Batch:
         decoded, labels = zip(*pairs, strict=True)
@@ -54,12 +60,12 @@ def text_of(fields: dict[str, bytes]) -> str:
     return fields[FIELD].decode(errors="replace").strip()
 
 
-def check_labels(name: str, corpus: Corpus, task: Task) -> None:
+def check_labels(name: str, corpus: Corpus, parse: Callable[[str], Any]) -> None:
     """Raises ValueError for the first sample whose label is missing or cannot be said, by its name."""
     labels = Corpus(corpus.indexes, corpus.fields)  # the same samples
     labels.fields = {FIELD: corpus.fields[FIELD]}  # of which nothing else is read
     for i in np.unique(np.linspace(0, len(labels) - 1, CHECKED, dtype=int)):
         try:
-            task.parse(text_of(labels.read(int(i))))
+            parse(text_of(labels.read(int(i))))
         except ValueError as error:
             raise ValueError(f"{name}: {labels.key(int(i))}: {error}") from error

@@ -109,7 +109,7 @@ def open_source(name: str, config: Any, data: str, task: Task | None = None) -> 
     corpus = Corpus.open(paths, samples.fields, samples.measure, samples.measure_name, samples.min_length)
     samples.attach(corpus)
     if task:
-        check_labels(name, corpus, task)
+        check_labels(name, corpus, samples.parse)
     shares = build_shares(shards, corpus, samples, config.data)
     return Source(name, corpus, samples, config.data.batch, config.data.micro_batches, shares)
 

@@ -33,7 +33,10 @@ class Batch:
     counted_NJ: Tensor | None = None
     """Bool, False = filler of a row with fewer masked tokens than another; None = all of `masked_NJ` count."""
     labels: Tensor | None = None
-    """What a head should say: ids of classes (B), shares of them (B, C) or numbers (B); None in pre-training."""
+    """What a head should say: ids of classes (B), shares of them (B, C) numbers (B), or ids of symbols (B, L) with -1
+    after the last; None in pre-training."""
+    is_frozen: bool = False
+    """Only the head learns from it."""
     layerdrop_seed: int = 0
     """What layer drop is drawn from: equal on all ranks and micro-batches of a step."""
 

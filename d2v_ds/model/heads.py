@@ -19,7 +19,7 @@ HEAD = "head."
 class HeadConfig(Config):
     """Which head stands on the encoder, and how wide it is."""
 
-    kind: Literal["image_classification", "ctc", "sentence_classification"]
+    kind: Literal["image_classification", "ctc", "sentence_classification", "utterance_classification"]
     outputs: PositiveInt
     """Classes, or letters with the blank."""
     labels: tuple[str, ...] | None = None
@@ -73,9 +73,29 @@ class SentenceHead(nn.Module):
         return self.proj(torch.tanh(self.dense(x_BTD[:, 0])))
 
 
+class UtteranceHead(nn.Module):
+    """Mean over real frames, linear."""
+
+    def __init__(self, outputs: int, dim: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, outputs)
+
+    def forward(self, x_BTD: Tensor, padding_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, classes)."""
+        if padding_BT is None:
+            return self.proj(x_BTD.mean(dim=1))
+        real_BTD = (~padding_BT)[:, :, None].to(x_BTD.dtype)
+        return self.proj((x_BTD * real_BTD).sum(dim=1) / real_BTD.sum(dim=1))
+
+
 def build_head(config: HeadConfig, dim: int) -> nn.Module:
     """The head of this kind on an encoder of width `dim`; its `forward(x_BTD, padding_BT)` gives logits."""
-    kinds = {"image_classification": ImageHead, "ctc": CTCHead, "sentence_classification": SentenceHead}
+    kinds = {
+        "image_classification": ImageHead,
+        "ctc": CTCHead,
+        "sentence_classification": SentenceHead,
+        "utterance_classification": UtteranceHead,
+    }
     return kinds[config.kind](config.outputs, dim)
 
 

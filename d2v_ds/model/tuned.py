@@ -1,6 +1,8 @@
 """Fine-tuning: the encoder of a pre-trained student with a head on it, and the loss of what the head says.
 
-No masks, no teacher, no decoder. B samples, T tokens, E extra tokens, D dim, C classes.
+No teacher, no decoder; masks only of speech, where a task asks for them.
+
+B samples, T tokens, E extra tokens, D dim, C classes.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -18,19 +21,24 @@ from d2v_ds.model.batch import Batch
 from d2v_ds.model.data2vec import Data2Vec
 from d2v_ds.model.encoder import ModalityConfig, ModalityEncoder
 from d2v_ds.model.heads import HeadConfig, build_head, init_head
-from d2v_ds.model.layers import Body
+from d2v_ds.model.layers import Body, draw_layerdrop, walk_blocks
+from d2v_ds.model.masking import Mask, draw_mask
 
 
 class Task(Config):
     """What a fine-tuned model learns to say."""
 
-    head: Literal["image_classification", "sentence_classification"]
+    head: Literal["image_classification", "sentence_classification", "utterance_classification", "ctc"]
     outputs: PositiveInt
     """Classes; 1 = one number, regression."""
     labels: tuple[str, ...] | None = None
     """Names of the classes, where labels are those and not numbers from 0."""
     label: str = "cls;json.label"
     """Member, or key of a json member, that holds the label."""
+    vocabulary: str | None = None
+    """Of CTC: a fairseq dictionary (dict.ltr.txt) or a sentencepiece model (.model) in the place of `labels`."""
+    case: Literal["keep", "upper", "lower"] = "keep"
+    """Of CTC: how transcripts are written before they are spelt."""
     encoder: str | None = None
     """The recipe whose network is trained from random weights, if there is no `init`."""
     trained: Literal["all", "head"] = "all"
@@ -39,6 +47,16 @@ class Task(Config):
     """Block i of n learns with decay^(n - i) of the learning rate; all that is no block with the whole of it."""
     smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of a label that is spread over all classes."""
+    freeze_steps: NonNegativeInt = 0
+    """So many steps at the beginning train the head alone."""
+    frozen_extractor: bool = False
+    """The convolutions of a speech encoder stay as they are; the projection after them learns."""
+    frozen_alibi: bool = False
+    """ALiBi's scales stay as they are."""
+    mask: Mask | None = None
+    """Of speech: frames that are hidden, as noise of `noise_std`, or by v1's mask embedding."""
+    channel_mask: Mask | None = None
+    """Of speech: channels that are zero in all frames of a sample."""
     factor: float = 1.0
     """Of regression: labels are multiplied by it."""
     metrics: tuple[str, ...] = ("accuracy",)
@@ -55,6 +73,11 @@ class Task(Config):
             raise ValueError(
                 f"task.labels names {len(self.labels)} classes, task.outputs={self.outputs}; they must agree"
             )
+        if self.head == "ctc" and self.labels is None:
+            raise ValueError("task.head=ctc needs task.labels, the symbols, or a task.vocabulary")
+        for key in ("mask", "channel_mask"):
+            if (mask := getattr(self, key)) is not None and mask.kind != "span":
+                raise ValueError(f"task.{key}.kind={mask.kind} must be span")
         if self.test_every and not self.test:
             raise ValueError(
                 f"task.test_every={self.test_every} needs labelled shards: set task.test to a pattern"
@@ -111,22 +134,56 @@ class Tuned(Data2Vec):
         super().__init__(body, configs, encoders, {}, fairseq_compat)
         self.task = task
         for encoder in self.encoders.values():
-            encoder.context.mask_token = None
+            if task.mask is None:
+                encoder.context.mask_token = None
         self.head = build_head(task.head_config, body.dim)
 
     def finish_init(self) -> None:
         """After the encoder's own initialisation."""
         init_head(self.head)
+        for encoder in self.encoders.values():
+            if self.task.frozen_extractor:
+                encoder.local.convs.requires_grad_(False)
+                encoder.local.norms.requires_grad_(False)
+            if self.task.frozen_alibi and encoder.context.alibi:
+                encoder.context.alibi_scale.requires_grad_(False)
         if self.task.trained == "head":
             self.requires_grad_(False)
             self.head.requires_grad_(True)
 
     def forward(self, batch: Batch, is_observed: bool = False) -> Output:
-        *_, (last, _) = self.walk(batch)
-        x_BTD = self.norm(last)[:, self.configs[batch.modality].extra_tokens :]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not batch.is_frozen):
+            *_, (last, _) = self.walk(batch)
+            x_BTD = self.norm(last)[:, self.configs[batch.modality].extra_tokens :]
         logits = self.head(x_BTD, batch.padding_BT)
-        loss = self.criterion(logits.float(), batch.labels)
+        if self.task.head == "ctc":
+            loss = ctc_loss(logits.float(), batch.labels, batch.padding_BT)
+        else:
+            loss = self.criterion(logits.float(), batch.labels)
         return Output(loss, loss.new_tensor(len(logits)), {}, logits.detach())
+
+    def walk(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """As in pre-training, of whole samples, but with layer drop, and frames and channels hidden."""
+        encoder = self.encoders[batch.modality]
+        local_BTD = self.hide(encoder.local(batch.source), batch)
+        x, biases, padding = encoder.context(local_BTD, batch, False)
+        drops = draw_layerdrop(len(self.blocks), self.layerdrop * self.training, batch.layerdrop_seed, "body")
+        yield from walk_blocks(self.blocks, x, biases, padding, drops, len(encoder.context.blocks))
+
+    def hide(self, x_BTD: Tensor, batch: Batch) -> Tensor:
+        """Masked frames become noise, or v1's embedding; masked channels are zero. Drawn from torch's generator of the
+        CPU, which a run seeds for each micro-batch."""
+        if batch.mask_NT is not None:
+            instead = self.encoders[batch.modality].context.mask_token
+            if instead is None:
+                noise = torch.randn(x_BTD.shape, dtype=torch.float32).to(x_BTD.device)
+                instead = self.task.mask.noise_std * noise
+            x_BTD = torch.where(batch.mask_NT[:, :, None], instead.to(x_BTD.dtype), x_BTD)
+        if self.task.channel_mask is not None and self.training:
+            rng = np.random.default_rng(int(torch.randint(2**62, ())))
+            hidden_BD = draw_mask(rng, len(x_BTD), x_BTD.shape[2], self.task.channel_mask)
+            x_BTD = x_BTD.masked_fill(torch.from_numpy(hidden_BD).to(x_BTD.device)[:, None], 0)
+        return x_BTD
 
     def criterion(self, logits_BC: Tensor, labels: Tensor) -> Tensor:
         """Summed over samples: cross entropy of class ids (B) or shares (B, C), or squared error of numbers (B)."""
@@ -160,6 +217,22 @@ class Tuned(Data2Vec):
     def prenet_depth(self) -> int:
         (encoder,) = self.encoders.values()
         return len(encoder.context.blocks)
+
+
+def ctc_loss(logits_BTC: Tensor, labels_BL: Tensor, padding_BT: Tensor | None) -> Tensor:
+    """Summed over samples; those too short for their labels count nothing (Graves et al., 2006); blank 0."""
+    lengths = logits_BTC.new_full((len(logits_BTC),), logits_BTC.shape[1], dtype=torch.int64)
+    if padding_BT is not None:
+        lengths = (~padding_BT).sum(dim=1)
+    is_label = labels_BL >= 0
+    return F.ctc_loss(
+        F.log_softmax(logits_BTC, dim=-1).transpose(0, 1),
+        labels_BL[is_label],
+        lengths,
+        is_label.sum(dim=1),
+        reduction="sum",
+        zero_infinity=True,
+    )
 
 
 def as_labels(values: list[Any], outputs: int) -> Tensor:

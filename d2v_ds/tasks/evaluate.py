@@ -13,6 +13,7 @@ from torch import Tensor
 
 from d2v_ds.convert.features import Encoder
 from d2v_ds.convert.load import load
+from d2v_ds.modalities.audio.vocabulary import BLANK
 from d2v_ds.tasks.beam import Beam, BeamDecoder
 from d2v_ds.tasks.embed import best_device
 from d2v_ds.tasks.groups import Ready, make_groups, prepare
@@ -22,7 +23,7 @@ from d2v_ds.tasks.table import Bad, write_whole
 LABELS = {"classify": "cls;json.label", "ctc": "txt;json.text"}
 """Member or json key with the label of each kind, unless said otherwise."""
 HEADS = {
-    "classify": ("image_classification", "sentence_classification"),
+    "classify": ("image_classification", "sentence_classification", "utterance_classification"),
     "ctc": ("ctc",),
     "glue": ("sentence_classification",),
 }
@@ -173,13 +174,14 @@ def read_classes(items: Items, encoder: Encoder, label: str, classes: list[str] 
 
 def read_transcripts(items: Items, encoder: Encoder, label: str) -> list[str]:
     """Texts in the letters of the head: as they are, or in capitals where the head has only those."""
+    is_pieces = encoder.head_config.labels[0] == BLANK  # whose characters are not listed
     letters = {symbol for symbol in encoder.head_config.labels if len(symbol) == 1}
-    is_upper = not any(symbol.islower() for symbol in letters)
+    is_upper = not is_pieces and not any(symbol.islower() for symbol in letters)
     texts = []
     for i, text in enumerate(read_labels(items, label)):
         text = " ".join((text.upper() if is_upper else text).split())
         unknown = sorted(set(text) - letters - {" "})
-        if unknown:
+        if unknown and not is_pieces:
             raise ValueError(
                 f"the transcript of {items.name(i).full} has {', '.join(map(repr, unknown[:8]))}, which the model "
                 f"cannot write; it knows {''.join(sorted(letters))}; normalise the transcripts"

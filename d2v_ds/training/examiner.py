@@ -25,7 +25,7 @@ from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.source import shard_pattern
 from d2v_ds.model.heads import HEAD, build_head
 from d2v_ds.recipe import Recipe
-from d2v_ds.tasks.evaluate import answers
+from d2v_ds.tasks.evaluate import answers, best_path, import_jiwer, score_transcripts
 from d2v_ds.tasks.items import Items, Name, open_items
 from d2v_ds.tasks.metrics import check_metrics, measure
 from d2v_ds.tasks.table import Bad
@@ -88,10 +88,14 @@ class Examiner:
         if not rows:
             raise ValueError(f"task.test: none of {items.words} can be read")
         rows.sort(key=lambda row: row[0])
+        bad_count = sum(count for _, _, count in everyone)
+        if self.recipe.task.head == "ctc":
+            found = score_transcripts(best_path(encoder), [(row, truths[i]) for i, row in rows])
+            return found | {"score": -found["wer"], "unreadable": bad_count}
         logits_NC = torch.stack([row for _, row in rows])
         truth_N = torch.tensor([truths[i] for i, _ in rows])
         found = measure(self.recipe.task.metrics, logits_NC, truth_N)
-        return found | {"unreadable": sum(count for _, _, count in everyone)}
+        return found | {"unreadable": bad_count}
 
     def spared(self, run: Path) -> Callable[[], Path] | None:
         """The checkpoint that is kept besides the last ones."""
@@ -126,13 +130,16 @@ def open_examiner(recipe: Recipe, sources: list[Source]) -> Examiner:
     task = recipe.task
     if task is None or task.test is None:
         return Examiner(recipe, None)
-    check_metrics(task.metrics, task.outputs, f"task.metrics={','.join(task.metrics)}")
+    if task.head == "ctc":
+        import_jiwer()
+    else:
+        check_metrics(task.metrics, task.outputs, f"task.metrics={','.join(task.metrics)}")
     (source,) = sources
     patterns = task.test if isinstance(task.test, dict) else {"": task.test}
     samples, parts = source.samples.samples, {}
     for name, pattern in patterns.items():
         items = open_items(where(recipe, pattern), source.name, samples, task.label)
-        parts[name] = items, [read_truth(items, i, recipe) for i in range(len(items))]
+        parts[name] = items, [read_truth(items, i, source.samples.parse) for i in range(len(items))]
     return Examiner(recipe, parts, samples)
 
 
@@ -144,9 +151,11 @@ def where(recipe: Recipe, pattern: str) -> str:
     return inside if isinstance(inside, str) else "::".join(inside)
 
 
-def read_truth(items: Items, i: int, recipe: Recipe) -> float:
+def read_truth(items: Items, i: int, parse: Callable[[str], Any]) -> Any:
+    """A number; of CTC the text that its symbols write."""
     try:
-        return recipe.task.parse(items.read(i)[1] if items.has_labels else "")
+        truth = parse(items.read(i)[1] if items.has_labels else "")
+        return parse.vocabulary.decode(truth) if hasattr(parse, "vocabulary") else truth
     except ValueError as error:
         raise ValueError(f"task.test: {items.name(i).full}: {error}") from error
 
@@ -159,7 +168,8 @@ def build_encoder(run: Run, samples: Any) -> Encoder:
         model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat, has_teacher=False)
         head = build_head(recipe.task.head_config, recipe.body.dim)
     model.decoders = nn.ModuleDict()
-    model.encoders[name].context.mask_token = None
+    if recipe.task.mask is None:
+        model.encoders[name].context.mask_token = None
     assign(model, tensors, run.folder)
     assign(
         head, {key.removeprefix(HEAD): t for key, t in tensors.items() if key.startswith(HEAD)}, run.folder

@@ -27,6 +27,7 @@ from d2v_ds.convert.fit import listed, shapes
 from d2v_ds.convert.load import read
 from d2v_ds.convert.stored import Stored
 from d2v_ds.engine.ema import anneal
+from d2v_ds.modalities.audio.vocabulary import open_vocabulary
 from d2v_ds.model.data2vec import TEACHER
 from d2v_ds.model.heads import HEAD
 from d2v_ds.recipe import Recipe, load_recipe
@@ -93,7 +94,9 @@ def read_start(recipe: Recipe) -> Start:
     if recipe.task:  # no teacher, decoder or mask
         unwanted = (TEACHER, "decoders.")
         expected = {
-            n: s for n, s in expected.items() if not n.startswith(unwanted) and not n.endswith(".mask_token")
+            n: s
+            for n, s in expected.items()
+            if not n.startswith(unwanted) and (recipe.task.mask is not None or not n.endswith(".mask_token"))
         }
     student, unused = choose_student(expected, stored, modalities)
     teacher, copied = choose_teacher(expected, stored, student)
@@ -138,7 +141,18 @@ def with_network(recipe: Recipe, saved: Recipe | None) -> Recipe:
     network = {key: getattr(theirs, key) for key in type(theirs).model_fields if key not in TUNING}
     reading = {key: getattr(theirs.data, key) for key in READING if hasattr(theirs.data, key)}
     network["data"] = ours.data.model_copy(update=reading)
+    recipe = with_symbols(recipe)
     return recipe.model_copy(update={"body": body, "modalities": {name: ours.model_copy(update=network)}})
+
+
+def with_symbols(recipe: Recipe) -> Recipe:
+    """The symbols of `task.vocabulary` as the labels of CTC."""
+    task = recipe.task
+    if task.head != "ctc" or task.vocabulary is None:
+        return recipe
+    symbols = open_vocabulary(task.vocabulary).symbols
+    update = {"labels": symbols, "outputs": len(symbols)}
+    return recipe.model_copy(update={"task": task.model_copy(update=update)})
 
 
 def network_of(path: str) -> Recipe:

@@ -94,7 +94,8 @@ def prepare(run: Run, micro: MicroBatch) -> Batch:
     seed = run.recipe.seed
     torch.manual_seed(seed_of(seed, "forward", run.step, micro.modality, micro.index))
     batch = micro.batch.to(run.device, next(run.engine.module.parameters()).dtype)
-    return dataclasses.replace(batch, layerdrop_seed=seed_of(seed, "layerdrop", run.step, micro.modality))
+    layerdrop_seed = seed_of(seed, "layerdrop", run.step, micro.modality)
+    return dataclasses.replace(batch, layerdrop_seed=layerdrop_seed, is_frozen=is_frozen(run))
 
 
 def stop(run: Run) -> None:
@@ -116,7 +117,13 @@ def scale(run: Run, modality: str, sizes: dict[str, Tensor]) -> Tensor:
 def set_learning_rate(run: Run) -> None:
     optim, steps = run.recipe.optim, run.recipe.train.steps
     for group in run.engine.optimizer.param_groups:
-        group["lr"] = run.lr_scale * learning_rate(scaled(optim, group["lr_scale"]), run.step, steps)
+        learns = group["is_head"] or not is_frozen(run)
+        group["lr"] = learns * run.lr_scale * learning_rate(scaled(optim, group["lr_scale"]), run.step, steps)
+
+
+def is_frozen(run: Run) -> bool:
+    """Whether the head alone learns in this step."""
+    return run.recipe.task is not None and run.step < run.recipe.task.freeze_steps
 
 
 def is_due(step: int, every: int, last: int) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ from torch import Tensor
 
 from d2v_ds.data import Buckets, Corpus, Draw, Share, Volume
 from d2v_ds.data.buckets import expected_extremes
+from d2v_ds.modalities.audio.vocabulary import Vocabulary, open_vocabulary
 from d2v_ds.modalities.source import StreamConfig, column_name, draw_views, generator, pad_stack, reason
 from d2v_ds.model.batch import Batch
+from d2v_ds.model.masking import draw_mask
+from d2v_ds.model.tuned import Task, as_labels
 
 RATE = 16_000
 LOUDEST = 1e15  # of PCM of 32 bits: 2e9; squares of larger values, and their sum, leave fp32
@@ -122,6 +127,41 @@ class AudioSamples:
         views = draw_views(draws, [frames] * len(draws), self.config)
         return Batch("audio", torch.stack(crops), **views)
 
+    def parser(self, task: Task) -> Callable[[str], list[int]]:
+        """Transcripts as numbers of CTC's symbols; ValueError for one that is empty or has unknown symbols."""
+        return Transcripts(open_vocabulary(task.vocabulary, task.case) if task.vocabulary else
+                           Vocabulary(task.labels, task.case), task.label)  # fmt: skip
+
+    def check_pair(self, waveform: Tensor, label: Any, task: Task) -> None:
+        """Raises ValueError for a sound that is longer than a micro-batch takes, or too short for its transcript."""
+        if len(waveform) > self.longest:
+            raise ValueError(
+                f"sound of {len(waveform) / RATE:.1f} s is longer than data.max_seconds={self.longest / RATE:g}"
+            )
+        frames = num_frames(len(waveform), self.config.conv_layers)
+        if task.head == "ctc" and frames < (needed := frames_needed(label)):
+            raise ValueError(
+                f"{frames} frames are too few for the {len(label)} symbols of the transcript, which need {needed}"
+            )
+
+    def collate_whole(
+        self, waveforms: list[Tensor], draws: list[Draw], labels: list[Any], task: Task
+    ) -> Batch:
+        """Whole sounds, padded, with the frames that are masked, and their classes or transcripts."""
+        batch = self.pad(waveforms)
+        if task.mask is not None:
+            frames = [num_frames(len(w), self.config.conv_layers) for w in waveforms]
+            masks = [
+                draw_mask(generator(d, "mask"), 1, n, task.mask)[0]
+                for d, n in zip(draws, frames, strict=True)
+            ]
+            batch.mask_NT = torch.from_numpy(np.stack([np.pad(m, (0, max(frames) - len(m))) for m in masks]))
+        if task.head == "ctc":
+            batch.labels = pad_stack([torch.tensor(ids) for ids in labels], -1)[0]
+        else:
+            batch.labels = as_labels(labels, task.outputs)
+        return batch
+
     def prepare(self, waveform: Tensor) -> Tensor:
         """One waveform at 16 kHz as a trained model sees it; (S,)."""
         waveform = torch.as_tensor(waveform, dtype=torch.float32)
@@ -138,6 +178,25 @@ class AudioSamples:
         frames = [num_frames(len(w), self.config.conv_layers) for w in waveforms]
         padding = torch.arange(max(frames))[None] >= torch.tensor(frames)[:, None]
         return Batch("audio", source, padding if bool(padding.any()) else None)
+
+
+class Transcripts:
+    """A vocabulary as the parser of labels."""
+
+    def __init__(self, vocabulary: Vocabulary, where: str):
+        self.vocabulary, self.where = vocabulary, where
+
+    def __call__(self, text: str) -> list[int]:
+        if not text:
+            raise ValueError(
+                f"no transcript: '{self.where}' is not in it; name its member or json key, task.label="
+            )
+        return self.vocabulary.encode(text)
+
+
+def frames_needed(ids: list[int]) -> int:
+    """CTC writes a symbol a frame at most, and a blank between two that are equal."""
+    return len(ids) + sum(a == b for a, b in pairwise(ids))
 
 
 def num_frames(samples: int, conv_layers: tuple[tuple[int, int, int], ...]) -> int:
