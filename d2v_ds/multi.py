@@ -72,7 +72,8 @@ class D2vModalitiesConfig:
 
 
 class Data2VecMultiConfig(Settings):
-    """`modalities`: a D2vModalitiesConfig, or a dict of dicts as in yaml files. `supported_modality`: whose the model is, where the model is not told."""
+    """`modalities`: a D2vModalitiesConfig, or a dict of dicts as in yaml files. `supported_modality`: whose the model
+    is, where the model is not told."""
 
     modalities = D2vModalitiesConfig
     supported_modality = None
