@@ -117,9 +117,10 @@ def make_job(arguments: argparse.Namespace) -> Job:
 
 
 def make_name(source: Path) -> str:
-    """The source's own name, of letters and digits."""
-    name = "".join(c if c.isascii() and c.isalnum() else "-" for c in source.resolve().stem)
-    return name.strip("-") or "data"
+    """The source's own name, of letters and digits; not one that a split's pattern (*train*.tar) would find in the
+    shards of all splits."""
+    name = "".join(c if c.isascii() and c.isalnum() else "-" for c in source.resolve().stem).strip("-")
+    return "data" if not name or any(split in name for split in ("train", "val", "test")) else name
 
 
 # ---- a tree ----

@@ -10,7 +10,7 @@ import pytest
 from trees import all_bytes, noise, prepare, read_shards, skipped, write_images, write_tree
 
 from d2v_ds.data import Corpus, ensure_index, expand_shards
-from shards.folder import MODALITIES
+from shards.folder import MODALITIES, make_name
 from shards.listing import MAX_KEY, make_key
 
 
@@ -342,3 +342,9 @@ def test_the_endings_are_those_that_inputs_take():
     from d2v_ds.modalities.image import inputs as image
 
     assert MODALITIES["image"] == image.EXTENSIONS and MODALITIES["audio"] == audio.EXTENSIONS
+
+
+def test_validation_is_never_found_as_training(tmp_path: Path) -> None:
+    """Recipes read *train*.tar: a table or folder that is called so must not name the shards of all splits."""
+    for name, expected in (("train.csv", "data"), ("my-trainset", "data"), ("val", "data"), ("clips.tsv", "clips")):
+        assert make_name(tmp_path / name) == expected
