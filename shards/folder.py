@@ -119,8 +119,12 @@ def make_job(arguments: argparse.Namespace) -> Job:
 def make_name(source: Path) -> str:
     """The source's own name, of letters and digits; not one that a split's pattern (*train*.tar) would find in the
     shards of all splits."""
-    name = "".join(c if c.isascii() and c.isalnum() else "-" for c in source.resolve().stem).strip("-")
+    name = plain(source.resolve().stem)
     return "data" if not name or any(split in name for split in ("train", "val", "test")) else name
+
+
+def plain(text: str) -> str:
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in text).strip("-")
 
 
 # ---- a tree ----
@@ -326,7 +330,7 @@ def is_number(value: Any, kind: type) -> bool:
 
 def refuse_splits(items: list[Item]) -> None:
     for item in items:
-        if item.split is not None and make_name(Path(item.split)) != item.split:
+        if item.split is not None and (not item.split or plain(item.split) != item.split):
             raise ValueError(f"split {item.split!r} becomes part of file names: letters, digits and - only")
 
 
