@@ -110,6 +110,15 @@ def export(
     stored = read(path, weights)
     if weights is None and format != "fairseq" and stored.weights == "both":
         stored = choose_weights(stored, "student", path)
+    if (
+        stored.head is not None
+        and stored.head.kind == "attentive_classification"
+        and format in ("hf", "fairseq")
+    ):
+        raise ValueError(
+            f"{path} has a head of kind attentive_classification, which {format} cannot hold; use format "
+            "safetensors or onnx"
+        )
     if format == "safetensors":
         write_export(stored, out, dtype)
     elif format == "fairseq":

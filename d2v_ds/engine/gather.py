@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d2v_ds.engine.partition import full_shape
+from d2v_ds.engine.partition import fragments, full_shape
 
 
 @torch.no_grad()
@@ -32,3 +32,21 @@ def whole_weights(engine: Any, is_wanted: Callable[[str], bool]) -> dict[str, Te
         dist.all_gather_into_tensor(whole, shard)
         weights[name] = whole[: parameter.ds_numel].view(full_shape(parameter))
     return weights
+
+
+@torch.no_grad()
+def whole_masters(engine: Any) -> dict[str, Tensor]:
+    """The fp32 weights that a checkpoint would hold, whole, on the engine's device; all ranks call it."""
+    whole = {
+        name: torch.zeros(full_shape(p).numel(), device=engine.device)
+        for name, p in engine.module.named_parameters()
+        if p.requires_grad
+    }
+    for f in fragments(engine):
+        whole[f.name][f.start : f.start + f.numel] = f.of(f.flat).to(engine.device, torch.float32)
+    shapes = {name: full_shape(p) for name, p in engine.module.named_parameters()}
+    for values in whole.values():
+        if engine.zero_optimization_stage():  # each stretch lies on one rank
+            dist.all_reduce(values)
+    frozen = whole_weights(engine, lambda name: name not in whole)
+    return {n: t.view(shapes[n]) for n, t in whole.items()} | {n: t.float() for n, t in frozen.items()}

@@ -1,4 +1,4 @@
-"""Heads that fine-tuning puts on an encoder: image classes, CTC letters, sentence classes.
+"""Heads that fine-tuning puts on an encoder: image classes, by mean or attention; CTC letters; sentence classes.
 
 A head reads the encoder's last block output without extra tokens. B samples, T tokens, D dim.
 """
@@ -8,18 +8,27 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from d2v_ds.config import Config
 
 HEAD = "head."
+HEAD_DIM = 64
+"""Of each head of attention pooling, or more."""
 
 
 class HeadConfig(Config):
     """Which head stands on the encoder, and how wide it is."""
 
-    kind: Literal["image_classification", "ctc", "sentence_classification", "utterance_classification"]
+    kind: Literal[
+        "image_classification",
+        "attentive_classification",
+        "ctc",
+        "sentence_classification",
+        "utterance_classification",
+    ]
     outputs: PositiveInt
     """Classes, or letters with the blank."""
     labels: tuple[str, ...] | None = None
@@ -41,6 +50,29 @@ class ImageHead(nn.Module):
     def forward(self, x_BTD: Tensor, padding_BT: Tensor | None = None) -> Tensor:
         """Logits (B, classes)."""
         return self.proj(self.norm(x_BTD.mean(dim=1)))
+
+
+class AttentiveHead(nn.Module):
+    """One query, which is learned, attends to all tokens; layer norm, linear (after arXiv:2404.08471, section 4.3)."""
+
+    def __init__(self, outputs: int, dim: int):
+        super().__init__()
+        self.num_heads = max(h for h in range(1, max(1, dim // HEAD_DIM) + 1) if dim % h == 0)
+        self.query = nn.Parameter(torch.zeros(dim))  # at first the mean over tokens
+        self.norm_in, self.norm = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.key, self.value, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, outputs)
+
+    def forward(self, x_BTD: Tensor, padding_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, classes)."""
+        x_BTD = self.norm_in(x_BTD)
+        query_B1D = self.query.expand(len(x_BTD), 1, -1)
+        q, k, v = (
+            y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for y in (query_B1D, self.key(x_BTD), self.value(x_BTD))
+        )  # (B, H, 1 or T, D / H)
+        is_real = None if padding_BT is None else ~padding_BT[:, None, None]
+        pooled_BD = F.scaled_dot_product_attention(q, k, v, attn_mask=is_real).flatten(1)
+        return self.proj(self.norm(pooled_BD))
 
 
 class CTCHead(nn.Module):
@@ -92,6 +124,7 @@ def build_head(config: HeadConfig, dim: int) -> nn.Module:
     """The head of this kind on an encoder of width `dim`; its `forward(x_BTD, padding_BT)` gives logits."""
     kinds = {
         "image_classification": ImageHead,
+        "attentive_classification": AttentiveHead,
         "ctc": CTCHead,
         "sentence_classification": SentenceHead,
         "utterance_classification": UtteranceHead,

@@ -28,7 +28,13 @@ from d2v_ds.model.masking import Mask, draw_mask
 class Task(Config):
     """What a fine-tuned model learns to say."""
 
-    head: Literal["image_classification", "sentence_classification", "utterance_classification", "ctc"]
+    head: Literal[
+        "image_classification",
+        "attentive_classification",
+        "sentence_classification",
+        "utterance_classification",
+        "ctc",
+    ]
     outputs: PositiveInt
     """Classes; 1 = one number, regression."""
     labels: tuple[str, ...] | None = None

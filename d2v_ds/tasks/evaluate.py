@@ -23,7 +23,12 @@ from d2v_ds.tasks.table import Bad, write_whole
 LABELS = {"classify": "cls;json.label", "ctc": "txt;json.text"}
 """Member or json key with the label of each kind, unless said otherwise."""
 HEADS = {
-    "classify": ("image_classification", "sentence_classification", "utterance_classification"),
+    "classify": (
+        "image_classification",
+        "attentive_classification",
+        "sentence_classification",
+        "utterance_classification",
+    ),
     "ctc": ("ctc",),
     "glue": ("sentence_classification",),
 }

@@ -18,7 +18,7 @@ from torch import nn
 from d2v_ds.convert.features import Encoder
 from d2v_ds.convert.load import assign
 from d2v_ds.data import Source
-from d2v_ds.engine.gather import whole_weights
+from d2v_ds.engine.gather import whole_masters
 from d2v_ds.engine.saver import folder_name
 from d2v_ds.engine.tensor_file import write_bytes
 from d2v_ds.modalities.build import build_model
@@ -163,7 +163,7 @@ def read_truth(items: Items, i: int, parse: Callable[[str], Any]) -> Any:
 def build_encoder(run: Run, samples: Any) -> Encoder:
     """A network of its own with the run's weights, and its head."""
     recipe, (name,) = run.recipe, run.recipe.modalities
-    tensors = whole_weights(run.engine, lambda _: True)
+    tensors = whole_masters(run.engine)
     with torch.device("meta"):
         model = build_model(recipe.body, recipe.modalities, recipe.fairseq_compat, has_teacher=False)
         head = build_head(recipe.task.head_config, recipe.body.dim)

@@ -95,7 +95,13 @@ def test_a_job_of_two_nodes_outlives_its_time_and_a_dead_node(cluster, tmp_path)
 
 def test_other_sbatch_files_start_what_they_say(cluster, tmp_path) -> None:
     """A fine-tuning with its weights, and a sweep with a line of settings and a folder for each task."""
-    arguments = ["--recipe", "image_tiny", "--print-recipe", f"out={tmp_path}/run", "init=weights.pt"]
+    arguments = [
+        "--recipe",
+        "finetune_image_tiny",
+        "--print-recipe",
+        f"out={tmp_path}/run",
+        "init=weights.pt",
+    ]
     sweep = tmp_path / "sweep.txt"
     sweep.write_text("optim.lr=0.5\noptim.lr=0.25 seed=7\n", encoding="utf-8")
     tuning, tuned = submit(cluster, SMALL, "finetune.sbatch", tmp_path / "tuned", *arguments)

@@ -35,7 +35,7 @@ def finetune_image_large() -> Recipe:
 
 
 def finetune_image_huge() -> Recipe:
-    """ViT-H/14 on ImageNet-1k: 50 epochs, layer decay 0.75.
+    """ViT-H/16 on ImageNet-1k: 50 epochs, layer decay 0.75.
 
     deepspeed train.py --deepspeed zero3 --recipe finetune_image_huge init=RUN data=DIR task.test='*val*.tar'
 
