@@ -32,7 +32,7 @@ STRANGERS = [{"model", "data"}, {"kernels", "data"}]  # these never import each 
 HOMES = {
     "deepspeed": ("d2v_ds/engine/",),
     "triton": ("d2v_ds/kernels/",),
-    "webdataset": ("d2v_ds/data/", "shards/"),
+    "webdataset": ("d2v_ds/data/", "shards/", "scripts/bench_loader.py"),
     "tarfile": ("d2v_ds/data/", "shards/"),
     "transformers": ("d2v_ds/convert/",),
     "tokenizers": ("d2v_ds/convert/", "d2v_ds/modalities/text/", "shards/"),

@@ -38,7 +38,7 @@ class Task(Config):
     outputs: PositiveInt
     """Classes; 1 = one number, regression."""
     labels: tuple[str, ...] | None = None
-    """Names of the classes, where labels are those and not numbers from 0."""
+    """Names of the classes. A label may be one, unless it is a whole number that the head has: that is the number."""
     label: str = "cls;json.label"
     """Member, or key of a json member, that holds the label."""
     vocabulary: str | None = None
@@ -106,7 +106,7 @@ class Task(Config):
             except ValueError:
                 raise ValueError(f"label {text!r} is no number, task.outputs=1 needs one") from None
         number = int(text) if text.isascii() and text.isdigit() else -1
-        if self.labels and text in self.labels:
+        if not 0 <= number < self.outputs and self.labels and text in self.labels:
             number = self.labels.index(text)
         if not 0 <= number < self.outputs:
             named = f", or one of {', '.join(self.labels[:8])}" if self.labels else ""

@@ -152,18 +152,20 @@ def read_labels(items: Items, label: str) -> list[str]:
 
 
 def read_classes(items: Items, encoder: Encoder, label: str, classes: list[str] | None = None) -> list[int]:
-    """Numbers of the head's outputs; labels may be those, or the names of the classes.
+    """Numbers of the head's outputs; labels may be those, or names of classes that are no such numbers.
 
     `classes`: names of the numbers in the data, where they are known; they count where the head has the same names.
     """
     names = encoder.head_config.labels or ()
-    numbers, outputs = {name: i for i, name in enumerate(names)}, encoder.head_config.outputs
+    outputs = encoder.head_config.outputs
+    numbers = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(outputs)}
     if classes is not None and set(classes) == set(names):
         numbers |= {str(i): names.index(name) for i, name in enumerate(classes)}
     found = []
     for i, text in enumerate(read_labels(items, label)):
-        number = numbers.get(text, int(text) if text.isascii() and text.isdigit() else -1)
-        if not 0 <= number < outputs:
+        text = str(int(text)) if text.isascii() and text.isdigit() and text not in names else text
+        number = numbers.get(text, -1)
+        if number < 0:
             known = (
                 f", and their names {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
                 if names

@@ -100,6 +100,10 @@ def test_crops_and_mixtures_are_functions_of_their_draws() -> None:
 def test_labels_that_cannot_be_said_are_named(text: str, said: str) -> None:
     task = Task(head="image_classification", outputs=10, labels=("cat", *map(str, range(100, 109))))
     assert task.parse("cat") == 0 and task.parse("108") == 9 and task.parse("7") == 7
+    sorted_names = Task(head="image_classification", outputs=3, labels=("1", "10", "2"))
+    assert [sorted_names.parse(text) for text in ("1", "10", "2")] == [1, 1, 2], (
+        "numbers are numbers, not names"
+    )
     with pytest.raises(ValueError, match=said):
         task.parse(text)
 
@@ -151,7 +155,7 @@ def test_two_ranks_at_zero3_learn_what_one_process_does_and_go_on_to_the_bit(
         said = tmp_path / f"{model.name}.json"
         data = ["--label", "json.label", "--out", said]
         start(python("-m", "d2v_ds.cli", "eval", "classify", model, f"{SAMPLE}/multimodal-val-*.tar", *data))
-        assert json.loads(said.read_text())["accuracy"] == pytest.approx(scores[-1]["accuracy"])
+        assert json.loads(said.read_text())["accuracy"] == pytest.approx(best["accuracy"])
 
     shutil.rmtree(tmp_path / "two" / "step_00000012")
     start(
