@@ -24,6 +24,8 @@ from d2v_ds.engine.saver import folder_name
 from d2v_ds.model.data2vec import TEACHER
 from d2v_ds.recipe import Recipe
 
+OWN_HEADS = ("attentive_classification", "utterance_classification")
+"""Of which neither transformers nor fairseq has one."""
 FORMATS = ("safetensors", "hf", "fairseq", "onnx")
 Weights = Literal["student", "teacher", "both"]
 LICENCE = (
@@ -110,15 +112,7 @@ def export(
     stored = read(path, weights)
     if weights is None and format != "fairseq" and stored.weights == "both":
         stored = choose_weights(stored, "student", path)
-    if (
-        stored.head is not None
-        and stored.head.kind == "attentive_classification"
-        and format in ("hf", "fairseq")
-    ):
-        raise ValueError(
-            f"{path} has a head of kind attentive_classification, which {format} cannot hold; use format "
-            "safetensors or onnx"
-        )
+    check_head(stored, format, path)
     if format == "safetensors":
         write_export(stored, out, dtype)
     elif format == "fairseq":
@@ -132,6 +126,14 @@ def export(
 
         write_onnx(stored, out, modality=modality, weights=weights)
     return out
+
+
+def check_head(stored: Stored, format: str, path: Path) -> None:  # noqa: A002
+    """Raises ValueError for a head that the format has no place for."""
+    if stored.head is not None and stored.head.kind in OWN_HEADS and format in ("hf", "fairseq"):
+        raise ValueError(
+            f"{path} has a head of kind {stored.head.kind}, which {format} cannot hold; use format safetensors or onnx"
+        )
 
 
 def check_format(format: str, modality: str | None) -> None:  # noqa: A002

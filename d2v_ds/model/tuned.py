@@ -51,6 +51,8 @@ class Task(Config):
     """head: the encoder stays as it is, a linear probe."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Block i of n learns with decay^(n - i) of the learning rate; all that is no block with the whole of it."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Rate of the last block, from 0 in the first; 0 = as the recipe's body and modality say."""
     smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of a label that is spread over all classes."""
     freeze_steps: NonNegativeInt = 0

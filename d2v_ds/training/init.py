@@ -142,7 +142,18 @@ def with_network(recipe: Recipe, saved: Recipe | None) -> Recipe:
     reading = {key: getattr(theirs.data, key) for key in READING if hasattr(theirs.data, key)}
     network["data"] = ours.data.model_copy(update=reading)
     recipe = with_symbols(recipe)
-    return recipe.model_copy(update={"body": body, "modalities": {name: ours.model_copy(update=network)}})
+    modality = ours.model_copy(update=network)
+    if recipe.task.drop_path:
+        prenet, last = drop_paths(recipe.task.drop_path, modality.prenet_depth, body.depth)
+        body.drop_path, modality.prenet_drop_path = last, prenet
+    return recipe.model_copy(update={"body": body, "modalities": {name: modality}})
+
+
+def drop_paths(rate: float, prenet: int, depth: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Rates of the first and last block of the prenet, and of the body: of `depth` rates in a line from 0 to `rate` the
+    prenet has the first ones; the body goes in a line from the next to `rate` (as released)."""
+    rates = [rate * i / max(1, depth - 1) for i in range(depth)]
+    return (0.0, rates[prenet - 1] if prenet > 1 else 0.0), (rates[min(prenet, depth - 1)], rate)
 
 
 def with_symbols(recipe: Recipe) -> Recipe:

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 
 import d2v_ds
 from d2v_ds.cli import main
-from d2v_ds.convert.consolidate import export
+from d2v_ds.convert.consolidate import OWN_HEADS, check_head, export
+from d2v_ds.convert.stored import Stored
 from d2v_ds.modalities.build import build_model
+from d2v_ds.model.heads import HeadConfig
 from d2v_ds.recipe import Recipe, load_recipe
 
 WEIGHTS = ("student", "teacher", "both")
@@ -177,6 +179,15 @@ def test_a_folder_without_a_checkpoint_is_an_error(tmp_path, capsys):
 def test_unknown_weights_are_an_error(run, tmp_path):
     with pytest.raises(ValueError, match="weights='ema' must be student, teacher or both"):
         export(run, tmp_path / "out", "ema")
+
+
+@pytest.mark.parametrize("kind", OWN_HEADS)
+@pytest.mark.parametrize("format_", ["hf", "fairseq"])
+def test_a_head_that_a_format_has_no_place_for_is_an_error(kind, format_):
+    stored = Stored(load_recipe("image_tiny"), {}, "run", head=HeadConfig(kind=kind, outputs=3))
+    with pytest.raises(ValueError, match=f"a head of kind {kind}, which {format_} cannot hold; use format"):
+        check_head(stored, format_, Path("run"))
+    check_head(stored, "safetensors", Path("run"))
 
 
 def test_export_and_load_need_no_deepspeed(run, tmp_path):

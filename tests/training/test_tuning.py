@@ -20,7 +20,7 @@ from d2v_ds.modalities.build import build_tuned
 from d2v_ds.modalities.image.samples import ImageSamples
 from d2v_ds.model.tuned import Task
 from d2v_ds.recipe import load_recipe
-from d2v_ds.training.init import with_network
+from d2v_ds.training.init import drop_paths, with_network
 from d2v_ds.training.schedule import learning_rate, scaled
 
 
@@ -53,6 +53,7 @@ def test_the_rates_at_which_paths_are_dropped_are_the_released_ones() -> None:
     recipe, model = tuned("finetune_image_base")
     prenet = [block.drop_path.rate for block in model.encoders["image"].context.blocks]
     body = [block.drop_path.rate for block in model.blocks]
+    assert drop_paths(0.1, 0, 12) == ((0.0, 0.0), (0.0, 0.1)), "a network without prenet"
     assert prenet == pytest.approx([0, 0.1 / 9]) and body == pytest.approx(
         list(np.linspace(0.2 / 9, 0.1, 10))
     )

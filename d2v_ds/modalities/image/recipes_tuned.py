@@ -77,12 +77,6 @@ def imagenet(network: Recipe, optim: Optim, steps: int, layer_decay: float, drop
         mix_share=0.9,
         test_crop=0.875,
     )
-    prenet, depth = image.prenet_depth, network.body.depth
-    rates = [
-        drop_path * i / (depth - 1) for i in range(depth)
-    ]  # prenet and body overlap in them, as released
-    image.prenet_drop_path = (0.0, rates[prenet - 1]) if prenet > 1 else (0.0, 0.0)
-    network.body.drop_path = (rates[prenet], drop_path)
     optim.betas, optim.eps, optim.weight_decay = (0.9, 0.95), 1e-8, 0.05
     return Recipe(
         name=f"finetune_{network.name}",
@@ -93,6 +87,7 @@ def imagenet(network: Recipe, optim: Optim, steps: int, layer_decay: float, drop
             outputs=1000,
             encoder=network.name,
             layer_decay=layer_decay,
+            drop_path=drop_path,
             smoothing=0.1,
         ),
         optim=optim,
