@@ -5,6 +5,7 @@ disk, and a process holds at most 64 shards of a corpus open; of a shard that is
 others the list of what is left out.
 """
 
+import bisect
 import functools
 import glob
 import hashlib
@@ -150,7 +151,7 @@ class Corpus:
         return corpus
 
     def __len__(self) -> int:
-        return int(self.shard_starts[-1])
+        return self._starts[-1]
 
     @property
     def lengths(self) -> Lengths:
@@ -182,8 +183,8 @@ class Corpus:
     def _locate(self, i: int) -> tuple[ShardReader, int]:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of a corpus of {len(self)}")
-        shard = int(np.searchsorted(self.shard_starts, i, side="right")) - 1
-        position = int(i - self.shard_starts[shard])
+        shard = bisect.bisect_right(self._starts, i) - 1  # of a list: np.searchsorted takes ten times as long
+        position = i - self._starts[shard]
         return self._reader(shard), stored_row(position, self._left_out[shard])
 
     def _reader(self, shard: int) -> ShardReader:
@@ -203,6 +204,7 @@ class Corpus:
         ]
         self.shard_starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         """(shards + 1,) the first sample of each shard, then the number of all"""
+        self._starts: list[int] = self.shard_starts.tolist()
 
     def _measure(self, measure: Measure, name: str, workers: int | None, progress: Progress | None) -> None:
         missing = [index for index in self.indexes if load_column(index, name) is None]

@@ -19,12 +19,16 @@ import numpy as np
 from d2v_ds.data.buckets import Buckets
 
 _ROUNDS = 8
+_STRETCH = 1024
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def seed_of(*parts: int | str) -> int:
     """A 63-bit seed that depends on all parts and on nothing else, the same in every process and version."""
-    encoded = b"".join(map(_encode, parts))
+    return _seed(b"".join(map(_encode, parts)))
+
+
+def _seed(encoded: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little") >> 1
 
 
@@ -39,6 +43,19 @@ def permute(index: int | np.ndarray, size: int, key: int) -> int | np.ndarray:
         outside = walked >= size
     result = walked.astype(np.int64)
     return result if isinstance(index, np.ndarray) else int(result[0])
+
+
+def _permuted(first: int, last: int, size: int, key: int) -> np.ndarray:
+    """permute(np.arange(first, last), size, key), of stretches that are kept for the next micro-batches: so many take
+    no longer than a few."""
+    begin = first // _STRETCH
+    stretches = [_stretch(i, size, key) for i in range(begin, (last - 1) // _STRETCH + 1)]
+    return np.concatenate(stretches)[first - begin * _STRETCH : last - begin * _STRETCH]
+
+
+@functools.lru_cache(maxsize=64)
+def _stretch(number: int, size: int, key: int) -> np.ndarray:
+    return permute(np.arange(number * _STRETCH, min(size, (number + 1) * _STRETCH)), size, key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +150,10 @@ class Plan:
         for epoch in range(start // share.size, (start + stream.batch - 1) // share.size + 1):
             first = max(start - epoch * share.size, 0)
             last = min(start + stream.batch - epoch * share.size, share.size)
-            key = seed_of(self.seed, "order", share.name, epoch)
-            units = share.first + permute(np.arange(first, last), share.size, key)
-            draws += [self._draw(stream_name, epoch, unit) for unit in units.tolist()]
+            units = share.first + _permuted(
+                first, last, share.size, seed_of(self.seed, "order", share.name, epoch)
+            )
+            draws += self._draws(stream_name, epoch, units.tolist())
         return draws
 
     def corpus(self, step: int, stream_name: str, index: int) -> str:
@@ -222,10 +240,12 @@ class Plan:
         bucket, places = buckets.batch(permute(place, buckets.num_batches, key))
         key = seed_of(self.seed, "order", share.name, epoch, bucket)
         ranks = permute(np.arange(places.start, places.stop), int(buckets.sizes[bucket]), key)
-        return [self._draw(stream_name, epoch, buckets.unit(bucket, rank)) for rank in ranks.tolist()]
+        return self._draws(stream_name, epoch, [buckets.unit(bucket, rank) for rank in ranks.tolist()])
 
-    def _draw(self, stream_name: str, epoch: int, unit: int) -> Draw:
-        return Draw(unit, epoch, seed_of(self.seed, "draw", stream_name, epoch, unit))
+    def _draws(self, stream_name: str, epoch: int, units: list[int]) -> list[Draw]:
+        """Each with seed_of(seed, "draw", stream, epoch, unit)."""
+        before = b"".join(map(_encode, (self.seed, "draw", stream_name, epoch)))
+        return [Draw(unit, epoch, _seed(before + _encode(unit))) for unit in units]
 
 
 def deal(weights: Mapping[str, float], total: int) -> dict[str, int]:

@@ -76,6 +76,8 @@ class ShardReader:
         self._members = index.members()
         self._sample_column = self._members["sample"]
         self._extensions = list(index.extension_counts)
+        members, samples = len(self._members), index.num_samples
+        self._members_each = members // samples if samples and members % samples == 0 else 0
 
     def close(self) -> None:
         self._file.close()
@@ -116,6 +118,15 @@ class ShardReader:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def _rows(self, sample: int) -> list[tuple[int, int, int, int, int]]:
+        column, each = self._sample_column, self._members_each
+        first, last = sample * each, (sample + 1) * each
+        is_there = each and column[first] == sample and column[last - 1] == sample
+        if (
+            is_there
+            and (not first or column[first - 1] < sample)
+            and (last == len(column) or column[last] > sample)
+        ):
+            return self._members[first:last].tolist()  # the usual shard: all samples have as many members
         # bisect touches some 15 rows; np.searchsorted would copy the whole column for each sample.
         first = bisect.bisect_left(self._sample_column, sample)
         last = bisect.bisect_right(self._sample_column, sample, lo=first)
