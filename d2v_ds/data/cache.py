@@ -182,7 +182,10 @@ def _fetch(
             if problem is None:
                 break
             log.warning("%s: %s (try %d of %d)", shard, problem, attempt, TRIES)
-        os.replace(part, shard.path)
+        with locked(
+            shard.root / "lock"
+        ):  # or who adds up what lies there misses a file that changes its name
+            os.replace(part, shard.path)
         return file
     except BaseException:
         file.close()

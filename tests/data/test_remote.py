@@ -137,6 +137,28 @@ def test_a_cache_smaller_than_the_corpus_gives_the_same_and_stays_within_its_lim
     assert 0 < largest[0] <= limit and len(site.asked) > 3 * SHARDS
 
 
+def test_a_shard_gets_its_name_while_nobody_adds_up_the_cache(local, site, tmp_path):
+    """Who lists the folder meanwhile would count it under neither name, and let the cache grow above its limit."""
+    adding, seen = threading.Event(), []
+
+    def add_up() -> None:
+        with locked(tmp_path / "cache" / "lock"):
+            adding.set()
+            time.sleep(0.3)
+            seen.extend(path.suffix for path in (tmp_path / "cache").glob("*/*.tar*"))
+
+    def check(path) -> None:
+        thread.start()
+        adding.wait()
+
+    thread = threading.Thread(target=add_up)
+    with serve(site) as url:
+        shard = RemoteShard(f"{url}/{next(iter(site.files))}", settings_of(tmp_path))
+        acquire(shard, check=check).close()
+    thread.join()
+    assert seen == [".part"] and shard.path.is_file()
+
+
 def test_a_server_that_goes_away_is_waited_for(local, site, tmp_path):
     """For a while; training stands still and goes on."""
     limit = int(2.2 * max(len(content) for content in site.files.values()))
