@@ -18,7 +18,9 @@ from d2v_ds.data.index import (
     ensure_index,
     expand_shards,
 )
-from d2v_ds.data.plan import Draw, Plan, Share, Stream, deal, permute, seed_of
+from d2v_ds.data.permutation import permute, seed_of
+from d2v_ds.data.plan import Draw, Plan, Share, Stream, deal
+from d2v_ds.data.windows import Windows
 
 if TYPE_CHECKING:
     from d2v_ds.data.loader import DataError, Fault, FaultLog, MicroBatch, Samples, Source, StepLoader, Volume
@@ -41,6 +43,7 @@ __all__ = [
     "Stream",
     "TextBlocks",
     "Volume",
+    "Windows",
     "build_index",
     "deal",
     "ensure_index",

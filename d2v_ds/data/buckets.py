@@ -53,6 +53,7 @@ class Buckets:
         """(buckets,) the most samples of a micro-batch"""
         self.batch_starts = np.concatenate([[0], np.cumsum(-(-self.sizes // self.room))])
         """(buckets + 1,) the first micro-batch of each"""
+        self.shards = shards
         self._first_chunk = int(lengths.chunk_starts[shards.start])
         self._bucket_of_length = np.full(longest + 1, len(self.tops), dtype=np.uint16)  # that is: in none
         for bucket, (first, last) in enumerate(zip(self.shortest, self.tops, strict=True)):
@@ -90,6 +91,11 @@ class Buckets:
     def bucket_of(self, unit: int) -> int:
         length = min(self.lengths.of_unit(unit), self.longest)
         return int(np.searchsorted(self.shortest, length, side="right")) - 1
+
+    def before_shards(self) -> np.ndarray:
+        """(buckets, shards + 1) the samples of a bucket in the shards before each: the places that `unit` takes."""
+        chunks = self.lengths.chunk_starts[self.shards.start : self.shards.stop + 1] - self._first_chunk
+        return self._before[:, chunks]
 
     def filling(self) -> Filling:
         """What is expected of samples that are drawn from their buckets at random."""

@@ -30,6 +30,8 @@ from d2v_ds.data.remote import Remote, RemoteError
 TRIES = 3
 """Of a shard whose bytes are not the indexed ones."""
 _WAIT = 0.05
+_SECONDS_OF_PATIENCE = 2.0
+"""Before a shard that no plan names displaces one that a plan does: who plans may be about to name it."""
 
 log = logging.getLogger(__name__)
 
@@ -237,10 +239,15 @@ def reserve(shard: RemoteShard, file: BinaryIO, size: int, position: int) -> Non
             f"{shard} has {size / 1e6:.1f} MB, the cache {shard.root} may hold {shard.limit / 1e6:.1f} MB; "
             f"set remote.cache_gib to {_gib(2 * size)} or more"
         )
-    deadline = time.monotonic() + 60 * shard.settings.retry_minutes
+    began = time.monotonic()
+    deadline = began + 60 * shard.settings.retry_minutes
+    is_patient = position < 0 and not shard.settings.refetch
     while True:
         with locked(shard.root / "lock"):
-            reason = _try_to_reserve(shard, file, size, position)
+            place = position
+            if is_patient and time.monotonic() < began + _SECONDS_OF_PATIENCE:
+                place = needs(shard.root).get(shard.id, math.inf)
+            reason = _try_to_reserve(shard, file, size, place)
         if reason is None:
             return
         if position >= 0 or time.monotonic() > deadline:
@@ -248,7 +255,7 @@ def reserve(shard: RemoteShard, file: BinaryIO, size: int, position: int) -> Non
         time.sleep(_WAIT)  # until readers let go
 
 
-def _try_to_reserve(shard: RemoteShard, file: BinaryIO, size: int, position: int) -> str | None:
+def _try_to_reserve(shard: RemoteShard, file: BinaryIO, size: int, position: float) -> str | None:
     """Why there is no room; None if there is, and then it is taken."""
     own = os.fstat(file.fileno()).st_size
     if size <= own:
@@ -290,7 +297,7 @@ def used(root: Path) -> int:
     return total
 
 
-def evict(root: Path, size: int, position: int = -1) -> int:
+def evict(root: Path, size: int, position: float = -1) -> int:
     """Removes at least `size` bytes if it can; how many it did. Nothing that is being read, or needed by `position`."""
     next_use = needs(root)
     candidates = []
@@ -302,7 +309,7 @@ def evict(root: Path, size: int, position: int = -1) -> int:
         except FileNotFoundError:
             continue
         needed = next_use.get(Path(entry.path).parent.name, math.inf)
-        if needed > position:
+        if needed > position or needed == math.inf:
             candidates.append((-needed, status.st_atime_ns, entry.path))
     freed = 0
     for _, _, path in sorted(candidates):

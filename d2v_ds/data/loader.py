@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -96,6 +96,8 @@ class Source:
     micro_batches: int
     shares: tuple[Share, ...] = ()
     """The corpora that it mixes; () = one, with micro-batches of `batch` units."""
+    window: float | Literal["auto", "whole"] = "auto"
+    """GiB of shards that are read together, as `room.cut_windows` takes it"""
 
     @property
     def size(self) -> int:
@@ -112,9 +114,13 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """Of all bytes, and of how they are mixed and grouped by length."""
-        rows = [(s.name, s.size, s.count, s.buckets and s.buckets.fingerprint()) for s in self.shares]
-        if not any(share.buckets for share in self.shares) and len(rows) <= 1:
+        """Of all bytes, and of how they are mixed, grouped by length and cut into windows."""
+        rows = [
+            (s.name, s.size, s.count, s.buckets and s.buckets.fingerprint())
+            + ((s.windows.limit,) if s.windows else ())
+            for s in self.shares
+        ]
+        if not any(share.buckets or share.windows for share in self.shares) and len(rows) <= 1:
             return self.corpus.fingerprint
         return hashlib.sha256(json.dumps([self.corpus.fingerprint, rows]).encode()).hexdigest()
 
@@ -195,11 +201,13 @@ class StepLoader:
         micro_batches, deaths = self._start(self.steps.start), 0
         try:
             for step in self.steps:
-                if prefetcher:
-                    prefetcher.at(step)
                 while True:
+                    read = []
                     try:
-                        read = [next(micro_batches) for _ in range(self.items_per_step)]
+                        for item in range(self.items_per_step):
+                            if prefetcher:
+                                prefetcher.at(step * self.items_per_step + item)
+                            read.append(next(micro_batches))
                         break
                     except RuntimeError as error:
                         deaths += 1

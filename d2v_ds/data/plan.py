@@ -1,61 +1,21 @@
 """Which unit goes where? The order of all data as a pure function of (seed, step); no state, no I/O.
 
-A stream repeats its units for ever, each epoch in another order (a Feistel permutation, so any position
-costs the same). A step takes a fixed number of micro-batches from each stream; rank r of N has r, r+N, ... of
-them, so the global batch knows neither N nor the number of workers, and all ranks see the same modalities in
-the same order. A stream of several corpora deals its micro-batches out to them in blocks, each with the same
-counts. Changing what these functions return changes every run: tests hold known values.
+A stream repeats its units for ever, each epoch in another order (permutations, of all or window by window, that
+are looked up, so any position costs the same). A step takes a fixed number of micro-batches from each stream; rank r
+of N has r, r+N, ... of them, so the global batch knows neither N nor the number of workers, and all ranks see the
+same modalities in the same order. A stream of several corpora deals its micro-batches out to them in blocks, each
+with the same counts. Changing what these functions return changes every run: tests hold known values.
 """
 
-import functools
-import hashlib
 import math
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from d2v_ds.data.buckets import Buckets
-
-_ROUNDS = 8
-_STRETCH = 1024
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-
-
-def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed that depends on all parts and on nothing else, the same in every process and version."""
-    return _seed(b"".join(map(_encode, parts)))
-
-
-def _seed(encoded: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little") >> 1
-
-
-def permute(index: int | np.ndarray, size: int, key: int) -> int | np.ndarray:
-    """Where a permutation of range(size), chosen by a 64-bit key, sends an index or an array of them."""
-    half = np.uint64(max(1, math.ceil((size - 1).bit_length() / 2)))
-    walked = np.atleast_1d(np.asarray(index)).astype(np.uint64)
-    assert size > 0 and (walked < size).all(), f"indices must lie in range({size})"
-    outside = np.ones(walked.shape, dtype=bool)
-    while outside.any():  # cycle walking: the network permutes fewer than 4 * size values, 4 turns at worst
-        walked[outside] = _feistel(walked[outside], half, _round_keys(key))
-        outside = walked >= size
-    result = walked.astype(np.int64)
-    return result if isinstance(index, np.ndarray) else int(result[0])
-
-
-def _permuted(first: int, last: int, size: int, key: int) -> np.ndarray:
-    """permute(np.arange(first, last), size, key), of stretches that are kept for the next micro-batches: so many take
-    no longer than a few."""
-    begin = first // _STRETCH
-    stretches = [_stretch(i, size, key) for i in range(begin, (last - 1) // _STRETCH + 1)]
-    return np.concatenate(stretches)[first - begin * _STRETCH : last - begin * _STRETCH]
-
-
-@functools.lru_cache(maxsize=64)
-def _stretch(number: int, size: int, key: int) -> np.ndarray:
-    return permute(np.arange(number * _STRETCH, min(size, (number + 1) * _STRETCH)), size, key)
+from d2v_ds.data.permutation import encode, permute, permuted, seed_from, seed_of
+from d2v_ds.data.windows import Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +32,13 @@ class Share:
     """micro-batches in a block of the mix"""
     buckets: Buckets | None = None
     """units of like length make a micro-batch; None: as many as the stream says, whatever their length"""
+    windows: Windows | None = None
+    """an epoch goes from one group of shards to the next; None: all of them are drawn from at any time"""
 
     def batches(self, batch: int) -> float:
         """Micro-batches of an epoch."""
+        if self.windows and self.buckets:
+            return self.windows.num_places
         return self.buckets.num_batches if self.buckets else self.size / batch
 
 
@@ -145,14 +109,17 @@ class Plan:
         assert 0 <= index < stream.micro_batches, f"micro-batch {index} of {stream.micro_batches}"
         share, number = self._share(stream, step * stream.micro_batches + index)
         if share.buckets:
-            return self._draws_of_bucket(stream_name, share, share.buckets, number)
+            epoch, units = self._units_of_bucket(share, share.buckets, number)
+            return self._draws(stream_name, epoch, units)
         start, draws = number * stream.batch, []
         for epoch in range(start // share.size, (start + stream.batch - 1) // share.size + 1):
             first = max(start - epoch * share.size, 0)
             last = min(start + stream.batch - epoch * share.size, share.size)
-            units = share.first + _permuted(
-                first, last, share.size, seed_of(self.seed, "order", share.name, epoch)
-            )
+            if share.windows:
+                units = share.windows.units(self.seed, epoch, first, last)
+            else:
+                key = seed_of(self.seed, "order", share.name, epoch)
+                units = share.first + permuted(first, last, share.size, key)
             draws += self._draws(stream_name, epoch, units.tolist())
         return draws
 
@@ -161,13 +128,26 @@ class Plan:
         stream = self.stream(stream_name)
         return self._share(stream, step * stream.micro_batches + index)[0].name
 
+    def windows_ahead(self, stream_name: str, first: int, last: int) -> list[Iterator[list[int]]]:
+        """Of each share that has windows the shards of the window that it is in at micro-batch `first` of the stream,
+        then of each that follows before micro-batch `last`; all steps in a row."""
+        stream = self.stream(stream_name)
+        begins, ends = self._places(stream, first), self._places(stream, last)
+        return [
+            share.windows.ahead(self.seed, begin, end)
+            for share, begin, end in zip(stream.shares, begins, ends, strict=True)
+            if share.windows
+        ]
+
     def replacement(self, draw: Draw, stream_name: str, attempt: int) -> Draw:
         """What stands in for a unit that cannot be used, at the given attempt; may be unusable itself.
 
-        It is of the same corpus and, where there are buckets, of like length.
+        It is of the same corpus and, where there are some, of the same window and of like length.
         """
         seed = seed_of(self.seed, "replacement", stream_name, draw.epoch, draw.unit, attempt)
         share = self.stream(stream_name).share_of(draw.unit)
+        if share.windows:
+            return Draw(share.windows.replacement(self.seed, draw.epoch, draw.unit, seed), draw.epoch, seed)
         if share.buckets:
             bucket = share.buckets.bucket_of(draw.unit)
             return Draw(share.buckets.unit(bucket, seed % int(share.buckets.sizes[bucket])), draw.epoch, seed)
@@ -226,6 +206,8 @@ class Plan:
         """Whose micro-batch stands at a position of the stream, and which of its own it is."""
         if len(stream.shares) == 1:
             return stream.shares[0], position
+        if any(share.windows for share in stream.shares):
+            return self._share_in_turn(stream, position)
         block, place = divmod(position, stream.block)
         place = permute(place, stream.block, seed_of(self.seed, "mix", stream.name, block))
         for share in stream.shares:
@@ -234,18 +216,54 @@ class Plan:
             place -= share.count
         raise AssertionError("the counts add up to the block")
 
-    def _draws_of_bucket(self, stream_name: str, share: Share, buckets: Buckets, number: int) -> list[Draw]:
+    def _places(self, stream: Stream, position: int) -> list[int]:
+        """The place in its epochs, all in a row, of each share with windows at a position of the stream; else 0."""
+        if len(stream.shares) == 1:
+            numbers = [position]
+        else:  # of a mix at the start of the step
+            numbers = self._numbers(stream, position // stream.micro_batches * stream.micro_batches)
+        return [
+            number * (1 if share.buckets else stream.batch) if share.windows else 0
+            for share, number in zip(stream.shares, numbers, strict=True)
+        ]
+
+    def _share_in_turn(self, stream: Stream, position: int) -> tuple[Share, int]:
+        """As `_share`, with the micro-batches of each share in their order, spread evenly over the block: who leaves a
+        window does not come back to it. Those of one step change places."""
+        step, index = divmod(position, stream.micro_batches)
+        index = permute(index, stream.micro_batches, seed_of(self.seed, "mix", stream.name, step))
+        place = step * stream.micro_batches + index
+        now, after = self._numbers(stream, place), self._numbers(stream, place + 1)
+        pairs = zip(stream.shares, now, after, strict=True)
+        return next((share, number) for share, number, then in pairs if then > number)
+
+    def _numbers(self, stream: Stream, place: int) -> list[int]:
+        """How many micro-batches of each share come before a place, where they are spread evenly."""
+        block, place = divmod(place, stream.block)
+        numbers, left = [], stream.block
+        for share in stream.shares:
+            phase = seed_of(self.seed, "phase", share.name, block) % left
+            before = (place * share.count + phase) // left  # of the places that shares before this one left
+            numbers.append(block * share.count + before)
+            place, left = place - before, left - share.count
+        return numbers
+
+    def _units_of_bucket(self, share: Share, buckets: Buckets, number: int) -> tuple[int, list[int]]:
+        """(epoch, units) of a micro-batch of a share."""
+        if share.windows:
+            epoch, place = divmod(number, share.windows.num_places)
+            return epoch, share.windows.units_of_batch(self.seed, epoch, place)
         epoch, place = divmod(number, buckets.num_batches)
         key = seed_of(self.seed, "batches", share.name, epoch)
         bucket, places = buckets.batch(permute(place, buckets.num_batches, key))
         key = seed_of(self.seed, "order", share.name, epoch, bucket)
         ranks = permute(np.arange(places.start, places.stop), int(buckets.sizes[bucket]), key)
-        return self._draws(stream_name, epoch, [buckets.unit(bucket, rank) for rank in ranks.tolist()])
+        return epoch, [buckets.unit(bucket, rank) for rank in ranks.tolist()]
 
     def _draws(self, stream_name: str, epoch: int, units: list[int]) -> list[Draw]:
         """Each with seed_of(seed, "draw", stream, epoch, unit)."""
-        before = b"".join(map(_encode, (self.seed, "draw", stream_name, epoch)))
-        return [Draw(unit, epoch, _seed(before + _encode(unit))) for unit in units]
+        before = b"".join(map(encode, (self.seed, "draw", stream_name, epoch)))
+        return [Draw(unit, epoch, seed_from(before + encode(unit))) for unit in units]
 
 
 def deal(weights: Mapping[str, float], total: int) -> dict[str, int]:
@@ -257,27 +275,3 @@ def deal(weights: Mapping[str, float], total: int) -> dict[str, int]:
     for name in by_remainder[: total - sum(counts.values())]:
         counts[name] += 1
     return counts
-
-
-def _encode(part: int | str) -> bytes:
-    if isinstance(part, str):
-        text = part.encode()
-        return b"s%d:" % len(text) + text
-    return b"i%d;" % operator.index(part)
-
-
-@functools.lru_cache(maxsize=256)
-def _round_keys(key: int) -> np.ndarray:
-    digest = hashlib.blake2b(_encode(key), digest_size=8 * _ROUNDS).digest()
-    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
-
-
-def _feistel(values: np.ndarray, half: np.uint64, round_keys: np.ndarray) -> np.ndarray:
-    """A bijection of the numbers of 2 * half bits."""
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = values >> half, values & mask
-    for round_key in round_keys:
-        mixed = (right ^ round_key) * _MULTIPLIER
-        mixed = (mixed ^ (mixed >> np.uint64(32))) * _MULTIPLIER
-        left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
-    return (left << half) | right

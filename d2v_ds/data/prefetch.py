@@ -6,19 +6,20 @@ fetches when it needs it, and is the one to complain. It ends with its parent, h
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from d2v_ds.data.cache import Needs, RemoteShard, acquire
+from d2v_ds.data.cache import Needs, NoRoom, RemoteShard, acquire
 from d2v_ds.data.index import Corpus
 from d2v_ds.data.plan import Plan
 from d2v_ds.data.shard import ShardIndex
@@ -28,6 +29,7 @@ MAX_AHEAD = 50_000
 _WAIT = 0.05
 _SECONDS_OF_PLANNING = 0.1  # between two looks at what was fetched
 _SECONDS_AFTER_FAILURE = 10.0
+_SECONDS_WITHOUT_ROOM = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,61 +42,111 @@ class Shelf:
 
     def shards_of(self, units: list[int]) -> list[ShardIndex]:
         found = np.searchsorted(self.unit_starts, units, side="right") - 1
-        return [self.corpus.indexes[shard] for shard in dict.fromkeys(found.tolist())]
+        return self.numbered(dict.fromkeys(found.tolist()))
+
+    def numbered(self, shards: Iterable[int]) -> list[ShardIndex]:
+        return [self.corpus.indexes[shard] for shard in shards]
+
+    def shards_between(self, first: int, end: int) -> range:
+        """The numbers of those that hold the units from `first` to `end` - 1."""
+        start = int(np.searchsorted(self.unit_starts, first, side="right")) - 1
+        return range(start, int(np.searchsorted(self.unit_starts, end, side="left")))
 
 
-class Window:
-    """The remote shards that a stretch of the plan needs, in the order in which it does."""
+class Outlook:
+    """The remote shards that the plan needs from a place on, in the order in which it does, as many as have room.
+
+    A place is the number of an item of this rank, all steps in a row.
+    """
 
     def __init__(self, shelves: dict[str, Shelf], plan: Plan, ranks: Sequence[int], world: int, steps: range):
         self.shelves, self.plan, self.ranks, self.world, self.steps = shelves, plan, ranks, world, steps
         self.limit = min(
             index.remote.limit for s in shelves.values() for index in s.corpus.indexes if index.remote
         )
-        self._steps: deque[tuple[int, int, list[ShardIndex]]] = deque()  # (step, units, shards)
+        self.items_per_step = len(plan.items(steps.start, ranks[0], world))
+        self._read: deque[tuple[int, int, list[ShardIndex]]] = deque()  # (place after it, units, shards)
         self._next = steps.start
         self._units = 0
 
-    def move(self, step: int) -> list[ShardIndex]:
-        """Forgets the steps before `step`, reads some more of the plan; what is needed from `step` on."""
-        while self._steps and self._steps[0][0] < step:
-            self._units -= self._steps.popleft()[1]
-        self._next = max(self._next, step)
+    def move(self, place: int) -> list[ShardIndex]:
+        """Forgets what comes before `place`, reads some more of the plan; what is needed from there on.
+
+        First what the draws that were read need, then the rest of the windows, which will be drawn from, then the
+        windows that come next.
+        """
+        while self._read and self._read[0][0] <= place:
+            self._units -= self._read.popleft()[1]
+        self._next = max(self._next, place // self.items_per_step)
         until = time.monotonic() + _SECONDS_OF_PLANNING
-        needed = self._needed()
+        needed = {index.path: index for _, _, shards in self._read for index in shards}
         while self._next < self.steps.stop and self._units < MAX_AHEAD and time.monotonic() < until:
             if sum(index.size for index in needed.values()) > self.limit:
                 break  # more would have no room
-            self._read_step()
-            for index in self._steps[-1][2]:
+            for index in self._read_step():
                 needed.setdefault(index.path, index)
-        return list(needed.values())
+        for shards in self._in_windows(place):
+            for index in shards:
+                needed.setdefault(index.path, index)
+            if sum(index.size for index in needed.values()) > self.limit:
+                break
+        ends = np.cumsum([index.size for index in needed.values()])
+        return list(needed.values())[: int(np.searchsorted(ends, self.limit, side="right"))]
 
-    def _needed(self) -> dict[Any, ShardIndex]:
-        """By path, in the order of first need."""
-        return {index.path: index for _, _, shards in self._steps for index in shards}
+    def _in_windows(self, place: int) -> Iterator[list[ShardIndex]]:
+        """What streams in windows are in at a place, with all that they hold whole; then what comes next."""
+        coming: list[Iterator[list[ShardIndex]]] = []
+        whole: list[ShardIndex] = []
+        for name, shelf in self.shelves.items():
+            stream = self.plan.stream(name)
+            if any(share.windows for share in stream.shares):
+                last = self.steps.stop * stream.micro_batches
+                groups = self.plan.windows_ahead(name, self._position(name, place), last)
+                coming += [map(shelf.numbered, group) for group in groups]
+                for share in stream.shares:
+                    if not share.windows:
+                        whole += shelf.numbered(shelf.shards_between(share.first, share.first + share.size))
+        for depth in itertools.count():
+            shards = [index for group in coming for index in next(group, [])] + whole * (depth == 0)
+            if not shards:
+                return
+            yield [index for index in shards if index.remote]
 
-    def _read_step(self) -> None:
-        units, shards = 0, []
-        for rank in self.ranks:
-            for name, micro_batch in self.plan.items(self._next, rank, self.world):
-                if name not in self.shelves:
-                    continue
-                draws = self.plan.draws(self._next, name, micro_batch)
-                units += len(draws)
-                shards += self.shelves[name].shards_of([draw.unit for draw in draws])
-        self._steps.append((self._next, units, [shard for shard in shards if shard.remote]))
-        self._units += units
+    def _position(self, name: str, place: int) -> int:
+        """The first micro-batch of a stream that may still be read on this machine, all steps in a row."""
+        step, done = divmod(place, self.items_per_step)
+        size = self.plan.stream(name).micro_batches
+        if len(self.ranks) > 1:  # another one may be a step behind
+            return max(step - 1, self.steps.start) * size
+        left = self.plan.items(step, self.ranks[0], self.world)[done:]
+        return step * size + min((index for stream, index in left if stream == name), default=size)
+
+    def _read_step(self) -> list[ShardIndex]:
+        """What all ranks of the machine need in the next step, item by item."""
+        found = []
+        ranks = [self.plan.items(self._next, rank, self.world) for rank in self.ranks]
+        for number, items in enumerate(zip(*ranks, strict=True)):
+            units, shards = 0, []
+            for name, micro_batch in items:
+                if name in self.shelves:
+                    draws = self.plan.draws(self._next, name, micro_batch)
+                    units += len(draws)
+                    shards += self.shelves[name].shards_of([draw.unit for draw in draws])
+            shards = [shard for shard in shards if shard.remote]
+            self._read.append((self._next * self.items_per_step + number + 1, units, shards))
+            self._units += units
+            found += shards
         self._next += 1
+        return found
 
 
 class Prefetcher:
-    """The process; `at(step)` tells it what was consumed."""
+    """The process; `at` tells it how many items of this rank were consumed, all steps in a row."""
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self, outlook: Outlook) -> None:
         context = multiprocessing.get_context("fork")
-        self._step = context.RawValue("q", window.steps.start)
-        self._process = context.Process(target=_run, args=(window, self._step, os.getpid()), daemon=True)
+        self._place = context.RawValue("q", outlook.steps.start * outlook.items_per_step)
+        self._process = context.Process(target=_run, args=(outlook, self._place, os.getpid()), daemon=True)
         self._process.start()
 
     @classmethod
@@ -110,60 +162,38 @@ class Prefetcher:
         if not remote or int(os.environ.get("LOCAL_RANK", "0")) != 0:
             return None
         here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        return cls(Window(remote, plan, range(rank, min(rank + here, world)), world, steps))
+        return cls(Outlook(remote, plan, range(rank, min(rank + here, world)), world, steps))
 
-    def at(self, step: int) -> None:
-        self._step.value = step
+    def at(self, place: int) -> None:
+        self._place.value = place
 
     def close(self) -> None:
         self._process.kill()
         self._process.join()
 
 
-def check_room(shelves: dict[str, Shelf], plan: Plan, rank: int, world: int, step: int) -> None:
-    """ValueError if the shards of a corpus do not fit the cache: the plan draws from all of them in every step."""
-    indexes = {i.path: i for shelf in shelves.values() for i in shelf.corpus.indexes if i.remote}
-    if not indexes:
-        return
-    first = next(iter(indexes.values())).remote
-    total = sum(index.size for index in indexes.values())
-    if total <= first.limit or first.settings.refetch:
-        return
-    window = Window(shelves, plan, [rank], world, range(step, step + 1))
-    needed = window.move(step)
-    again = sum(index.size for index in needed) * (1 - first.limit / total)
-    raise ValueError(
-        f"{len(indexes)} remote shards of {total / 1e9:.3g} GB do not fit a cache of {first.limit / 1e9:.3g} GB, and a "
-        f"step of this rank draws from {len(needed)} of them: some {again / 1e9:.2g} GB would be fetched again in each "
-        f"step. Set remote.cache_gib={_rounded_up(total)} or more (remote.cache: on a disk that has it), name fewer "
-        "shards, or allow it by remote.refetch=true"
-    )
-
-
-def _rounded_up(size: int) -> str:
-    return f"{size / (1 << 30) * 1.01 + 0.001:.3f}" if size < 1 << 30 else str(-(-size // (1 << 30)))
-
-
-def _run(window: Window, step: Any, parent: int) -> None:
+def _run(outlook: Outlook, place: Any, parent: int) -> None:
     signal.set_wakeup_fd(-1)  # a pipe of the main process
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    first = next(i.remote for shelf in window.shelves.values() for i in shelf.corpus.indexes if i.remote)
+    first = next(i.remote for shelf in outlook.shelves.values() for i in shelf.corpus.indexes if i.remote)
     needs = Needs(first.root)
     pool = ThreadPoolExecutor(first.settings.connections)
     running: dict[Any, Future] = {}
     not_before: dict[Any, float] = {}
     told: list[RemoteShard] = []
     while os.getppid() == parent:
-        upcoming = window.move(step.value)
+        upcoming = outlook.move(place.value)
         shards = [index.remote for index in upcoming]
         if shards != told:
             needs.write(shards)
             told = shards
         for path in [path for path, future in running.items() if future.done()]:
-            if isinstance(running.pop(path).exception(), OSError):
-                not_before[path] = time.monotonic() + _SECONDS_AFTER_FAILURE
+            error = running.pop(path).exception()
+            if isinstance(error, OSError):
+                wait = _SECONDS_WITHOUT_ROOM if isinstance(error, NoRoom) else _SECONDS_AFTER_FAILURE
+                not_before[path] = time.monotonic() + wait
         for position, index in enumerate(upcoming):
             if len(running) >= first.settings.connections:
                 break

@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -44,6 +44,9 @@ class StreamConfig(Config):
     """Corpora have shares of n^(1/temperature), n = micro-batches of an epoch: 1 is by size, more is more equal."""
     mix_steps: PositiveInt = 100
     """Every so many steps hold the same number of micro-batches of each corpus, less than one off its share."""
+    window_gib: PositiveFloat | Literal["auto", "whole"] = "auto"
+    """Shards that are shuffled together before the next come. auto: all, or what half of `remote.cache_gib` holds
+    where remote ones do not fit it; whole: all. A run stays with what it began with."""
 
     @field_validator("corpora", "weights", mode="before")
     @classmethod
@@ -111,7 +114,9 @@ def open_source(name: str, config: Any, data: str, task: Task | None = None) -> 
     if task:
         check_labels(name, corpus, samples.parse)
     shares = build_shares(shards, corpus, samples, config.data)
-    return Source(name, corpus, samples, config.data.batch, config.data.micro_batches, shares)
+    return Source(
+        name, corpus, samples, config.data.batch, config.data.micro_batches, shares, config.data.window_gib
+    )
 
 
 def measure_ahead(name: str, config: Any, shards: list[ShardIndex], workers: int | None = None) -> bool:

@@ -7,8 +7,10 @@ import sys
 
 from d2v_ds.data import Plan, Share, Source, Stream, Volume
 from d2v_ds.data.remote import reading
+from d2v_ds.data.room import cut_windows
 from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import Recipe, load_recipe
+from d2v_ds.training.volume import describe_windows
 
 DESCRIPTION = """\
 What a training run would see of its data, without starting it.
@@ -39,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         with reading(recipe.remote):
-            sources = [open_source(name, config, recipe.data) for name, config in recipe.modalities.items()]
+            opened = [open_source(name, config, recipe.data) for name, config in recipe.modalities.items()]
+        sources = cut_windows(opened)
         plan = Plan(recipe.seed, [source.stream for source in sources])
         plan.check_world(arguments.ranks)
         print(describe_plan(recipe, sources, plan))
@@ -112,6 +115,8 @@ def describe_plan(recipe: Recipe, sources: list[Source], plan: Plan) -> str:
         for share in stream.shares:
             if share.buckets:
                 lines.append(describe_buckets(share, volumes[0]))
+            if share.windows:
+                lines.append(f"{share.name}: {describe_windows(share.windows)}")
         if len(pairs) > 1:
             parts = ", ".join(f"{share.name} {share.count:,}" for share in stream.shares)
             lines.append(

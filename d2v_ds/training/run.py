@@ -20,8 +20,8 @@ import yaml
 
 from d2v_ds.config import dotted_keys
 from d2v_ds.data import DataError, FaultLog, Plan, Source, StepLoader
-from d2v_ds.data.prefetch import check_room
 from d2v_ds.data.remote import reading
+from d2v_ds.data.room import cut_windows, windows_of
 from d2v_ds.engine import checkpoint as checkpoints
 from d2v_ds.engine.build import build_engine, build_optimizer
 from d2v_ds.engine.ds_config import find_config, read_config, resolve_config
@@ -116,6 +116,7 @@ class Run:
             "recipe": self.recipe.model_dump(mode="json"),
             "recipe_hash": self.recipe.hash(),
             "data": fingerprints(self.sources),
+            "windows": windows_of(self.sources),
             "is_healthy": self.watch.is_firm,
             "best": self.examiner.best,
             "lr_scale": self.lr_scale,
@@ -278,7 +279,8 @@ def train_until_asked(recipe: Recipe, deepspeed: str | None, signals: Signals) -
                     flush=True,
                 )
             return recipe.folder
-    sources = open_sources(recipe, rank)
+    opened, windows = open_sources(recipe, rank), saved.loop.get("windows", {}) if saved else None
+    sources = together(lambda: cut_windows(opened, windows))
     if saved:
         together(lambda: check_same_data(sources, saved))
     begin = Start() if saved else together(lambda: read_start(recipe))
@@ -470,7 +472,6 @@ def build_run(
     if saved:
         run.examiner.best = saved.loop.get("best")
         run.lr_scale, run.rollbacks = saved.loop.get("lr_scale", 1.0), saved.loop.get("rollbacks", [])
-    check_room({s.name: s.shelf for s in sources}, plan, rank, world, step)
     run.loader = StepLoader(sources, plan, rank, world, step, recipe.train.steps, recipe.train.workers)
     introduce(run, ds_config, saved)
     for note in begin.notes:

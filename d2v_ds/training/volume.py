@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from d2v_ds.data import Plan, Share, Source, Volume
+from d2v_ds.data import Plan, Share, Source, Volume, Windows
 
 
 def describe_volume(source: Source, plan: Plan, steps: int) -> str:
@@ -42,6 +42,16 @@ def describe_share(share: Share, volume: Volume, epochs: float, steps: int, a_st
         + (f", of which cropping loses {lost:.0%}{to_shortest}" if lost > 0.005 else "")
         + (f", and padding is {volume.padding:.1%} of what is computed" if volume.padding > 0.0005 else "")
         + describe_budget(volume)
+        + (f"; {describe_windows(share.windows)}" if share.windows else "")
+    )
+
+
+def describe_windows(windows: Windows) -> str:
+    """What is shuffled together."""
+    shards = len(windows.shards) / windows.num_windows(seed=0, epoch=0)
+    return (
+        f"its {len(windows.shards):,} shards come in windows of {windows.limit / (1 << 30):.3g} GiB, about "
+        f"{shards:,.0f} shards that are shuffled together"
     )
 
 

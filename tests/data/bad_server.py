@@ -1,4 +1,4 @@
-"""A server on localhost whose faults are chosen: slow, cut, short, failing, without ranges, away."""
+"""A server on localhost whose faults are chosen: slow, cut, short, damaged, failing, without ranges, away."""
 
 import re
 import threading
@@ -21,6 +21,8 @@ class Site:
     """Bytes that a body has at most, and the header says no more"""
     errors: int = 0
     """How many of the first requests are answered by 503"""
+    damaged: int = 0
+    """How many of the next bodies are zeros"""
     ranges: bool = True
     seconds_per_piece: float = 0.0
     """Of 4096 bytes"""
@@ -39,6 +41,7 @@ def serve(site: Site) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
 
         def do_HEAD(self) -> None:
             self.answer(has_body=False)
@@ -75,6 +78,9 @@ def serve(site: Site) -> Iterator[str]:
                 self.send(body)
 
         def send(self, body: bytes) -> None:
+            with lock:
+                body = bytes(len(body)) if site.damaged else body
+                site.damaged = max(site.damaged - 1, 0)
             if site.cut_after is not None and len(body) > site.cut_after:
                 body, self.close_connection = body[: site.cut_after], True
                 site.is_cut += 1

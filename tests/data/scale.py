@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from columns import librispeech
 
-from d2v_ds.data import Buckets, Corpus, Plan, Share, Stream, TextBlocks, deal
+from d2v_ds.data import Buckets, Corpus, Plan, Share, Stream, TextBlocks, Windows, deal
 from d2v_ds.data.shard import VERSION, npy_bytes
 
 SHARDS, ROWS, COLUMNS = 1000, 100_000, 10
@@ -76,6 +76,21 @@ def deals_out(plan: Plan, step: int, world: int) -> bool:
     return len(orders) == 1 and len(set(dealt)) == len(dealt) and set(dealt) == set(plan.items(step, 0, 1))
 
 
+def many_shards() -> Share:
+    """100 million samples in 20,000 shards, read in windows of 45 GB."""
+    starts = np.arange(0, 100_000_001, 5_000)
+    sizes = np.full(20_000, 256 << 20)
+    return Share(
+        "windows", 0, 100_000_000, windows=Windows("windows", 45 << 30, range(20_000), sizes, starts)
+    )
+
+
+def in_windows(sounds: Corpus, buckets: Buckets) -> Share:
+    sizes = np.array([index.size for index in sounds.indexes])
+    windows = Windows("both", 45 << 30, range(SHARDS), sizes, sounds.shard_starts, buckets)
+    return Share("both", 0, len(sounds), 1, buckets, windows)
+
+
 def main(folder: Path, results: Path) -> None:
     paths = write_index(folder)
     open_with = functools.partial(Corpus.open, paths, {"audio": "flac"}, measured, progress=None)
@@ -98,6 +113,8 @@ def main(folder: Path, results: Path) -> None:
         Stream("mixed", len(sounds), 31, 4096, mix),
         Stream("image", len(sounds), 16, 4096),
         Stream("text", len(blocks), 16, 4096),
+        Stream("windows", 100_000_000, 16, 4096, (many_shards(),)),
+        Stream("both", len(sounds), 31, 4096, (in_windows(sounds, buckets),)),
     ]
     plan, rng = Plan(3, streams), np.random.default_rng(0)
     times, steps = [], [0, 10**12, *rng.integers(0, 10**7, 40).tolist()]
