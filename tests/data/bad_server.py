@@ -1,9 +1,10 @@
 """A server on localhost whose faults are chosen: slow, cut, short, damaged, failing, without ranges, away."""
 
+import math
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,8 +16,12 @@ class Site:
 
     files: dict[str, bytes]
     """path without its first slash -> content"""
+    respond: Callable[[str, bytes], bytes | None] | None = None
+    """(path with query, body of a POST) -> content, in place of `files`"""
     cut_after: int | None = None
     """Bytes of a body after which the connection is cut, although more were promised"""
+    cuts: float = math.inf
+    """How many connections are cut at most"""
     short: int | None = None
     """Bytes that a body has at most, and the header says no more"""
     errors: int = 0
@@ -51,6 +56,8 @@ def serve(site: Site) -> Iterator[str]:
                 site.asked.append(self.path.lstrip("/"))
             self.answer(has_body=True)
 
+        do_POST = do_GET
+
         def answer(self, has_body: bool) -> None:
             if site.is_away:
                 self.close_connection = True
@@ -58,7 +65,11 @@ def serve(site: Site) -> Iterator[str]:
             with lock:
                 fails = site.errors > 0
                 site.errors -= fails
-            content = site.files.get(self.path.lstrip("/").partition("?")[0])
+            posted = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if site.respond:
+                content = site.respond(self.path.lstrip("/"), posted)
+            else:
+                content = site.files.get(self.path.lstrip("/").partition("?")[0])
             if fails or content is None:
                 self.send_response(503 if fails else 404)
                 self.send_header("Content-Length", "0")
@@ -81,7 +92,7 @@ def serve(site: Site) -> Iterator[str]:
             with lock:
                 body = bytes(len(body)) if site.damaged else body
                 site.damaged = max(site.damaged - 1, 0)
-            if site.cut_after is not None and len(body) > site.cut_after:
+            if site.cut_after is not None and len(body) > site.cut_after and site.is_cut < site.cuts:
                 body, self.close_connection = body[: site.cut_after], True
                 site.is_cut += 1
             for at in range(0, len(body), 4096):
