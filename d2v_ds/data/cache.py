@@ -31,7 +31,8 @@ TRIES = 3
 """Of a shard whose bytes are not the indexed ones."""
 _WAIT = 0.05
 _SECONDS_OF_PATIENCE = 2.0
-"""Before a shard that no plan names displaces one that a plan does: who plans may be about to name it."""
+"""Before a shard that is needed now displaces one that a plan names, and, if no plan names it, one that was just used:
+who plans may be behind who reads."""
 
 log = logging.getLogger(__name__)
 
@@ -244,10 +245,10 @@ def reserve(shard: RemoteShard, file: BinaryIO, size: int, position: int) -> Non
     is_patient = position < 0 and not shard.settings.refetch
     while True:
         with locked(shard.root / "lock"):
-            place = position
-            if is_patient and time.monotonic() < began + _SECONDS_OF_PATIENCE:
-                place = needs(shard.root).get(shard.id, math.inf)
-            reason = _try_to_reserve(shard, file, size, place)
+            waits = is_patient and time.monotonic() < began + _SECONDS_OF_PATIENCE
+            plans = needs(shard.root) if waits else {}
+            unused_for = _SECONDS_OF_PATIENCE if plans and shard.id not in plans else -math.inf
+            reason = _try_to_reserve(shard, file, size, math.inf if waits else position, unused_for)
         if reason is None:
             return
         if position >= 0 or time.monotonic() > deadline:
@@ -255,13 +256,15 @@ def reserve(shard: RemoteShard, file: BinaryIO, size: int, position: int) -> Non
         time.sleep(_WAIT)  # until readers let go
 
 
-def _try_to_reserve(shard: RemoteShard, file: BinaryIO, size: int, position: float) -> str | None:
+def _try_to_reserve(
+    shard: RemoteShard, file: BinaryIO, size: int, position: float, unused_for: float
+) -> str | None:
     """Why there is no room; None if there is, and then it is taken."""
     own = os.fstat(file.fileno()).st_size
     if size <= own:
         return None
     over = used(shard.root) - own + size - shard.limit
-    freed = evict(shard.root, over, position) if over > 0 else 0
+    freed = evict(shard.root, over, position, unused_for) if over > 0 else 0
     if freed < over:
         return (
             f"the cache {shard.root} is full of shards that are in use (limit {shard.limit / 1e6:.1f} MB); set "
@@ -274,7 +277,7 @@ def _try_to_reserve(shard: RemoteShard, file: BinaryIO, size: int, position: flo
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            if not evict(shard.root, size, position):
+            if not evict(shard.root, size, position, unused_for):
                 free = shutil.disk_usage(shard.root).free
                 return (
                     f"the disk of {shard.root} is full ({free / 1e6:.1f} MB are free, the cache holds "
@@ -297,9 +300,11 @@ def used(root: Path) -> int:
     return total
 
 
-def evict(root: Path, size: int, position: float = -1) -> int:
-    """Removes at least `size` bytes if it can; how many it did. Nothing that is being read, or needed by `position`."""
+def evict(root: Path, size: int, position: float = -1, unused_for: float = -math.inf) -> int:
+    """Removes at least `size` bytes if it can; how many it did. Nothing that is being read, or needed by `position`, or
+    was opened within `unused_for` seconds."""
     next_use = needs(root)
+    oldest = time.time() - unused_for
     candidates = []
     for entry in _files(root):
         if entry.name.endswith(".part"):
@@ -309,7 +314,7 @@ def evict(root: Path, size: int, position: float = -1) -> int:
         except FileNotFoundError:
             continue
         needed = next_use.get(Path(entry.path).parent.name, math.inf)
-        if needed > position or needed == math.inf:
+        if (needed > position or needed == math.inf) and status.st_atime <= oldest:
             candidates.append((-needed, status.st_atime_ns, entry.path))
     freed = 0
     for _, _, path in sorted(candidates):

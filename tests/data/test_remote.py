@@ -468,6 +468,26 @@ def test_what_is_fetched_ahead_displaces_nothing_that_is_needed_sooner(site, tmp
     assert [path.name for path in cached(tmp_path)] == ["train-000001.tar"]
 
 
+def test_who_reads_ahead_of_the_plan_displaces_nothing_that_it_just_read(site, tmp_path, monkeypatch):
+    """0 and 1 are planned, but 2, 3 and then 2 again are read: 3 waits for the plan, which then frees 0."""
+    monkeypatch.setattr(caches, "_SECONDS_OF_PATIENCE", 60.0)
+    size = max(len(content) for content in site.files.values())
+    with serve(site) as url:
+        shards = shards_in(tmp_path, url, cache_gib=gib(3 * size))
+        for shard in shards[:3]:
+            acquire(shard).close()
+        plan = Needs(tmp_path / "cache")
+        plan.write(shards[:2])
+        reader = threading.Thread(target=lambda: acquire(shards[3]).close())
+        reader.start()
+        time.sleep(0.3)
+        assert {path.name for path in cached(tmp_path)} == {f"train-00000{i}.tar" for i in range(3)}
+        plan.write(shards[1:4])
+        reader.join(10)
+        plan.close()
+    assert {path.name for path in cached(tmp_path)} == {f"train-00000{i}.tar" for i in range(1, 4)}
+
+
 def test_what_is_being_read_stays(site, tmp_path):
     with serve(site) as url:
         shards = shards_in(tmp_path, url)
