@@ -12,7 +12,7 @@ import json
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -374,10 +374,9 @@ def override(recipe: Recipe, assignments: list[str] | tuple[str, ...]) -> Recipe
             if target.get(parent) is None:
                 target[parent] = {}
             target = target[parent]
+        is_text = isinstance(leaves.get(key), str) or key in ("out", "init", "remote.cache")
         target[last] = (
-            text
-            if isinstance(leaves.get(key), str) or key in ("out", "init", "remote.cache")
-            else parse_value(text)
+            text if is_text and not (text == "null" and is_optional(recipe, key)) else parse_value(text)
         )
     return validated(settings, "recipe")
 
@@ -391,6 +390,16 @@ def is_known(key: str, text: str, leaves: dict[str, Any]) -> bool:
         or (parent in leaves and leaves[parent] is None)
         or (is_group and parse_value(text) is None)
     )
+
+
+def is_optional(recipe: Recipe, key: str) -> bool:
+    """Whether a key may be absent, so that `null` is none and no text."""
+    *parents, last = key.split(".")
+    group: Any = recipe
+    for parent in parents:
+        group = group[parent] if isinstance(group, dict) else getattr(group, parent)
+    field = getattr(type(group), "model_fields", {}).get(last)
+    return field is not None and type(None) in get_args(field.annotation)
 
 
 def parse_value(text: str) -> Any:

@@ -105,6 +105,16 @@ def test_an_override_has_the_type_of_its_key(assignment, value):
     assert leaf == value and type(leaf) is type(value)
 
 
+@pytest.mark.parametrize("key", ["task.test", "task.encoder", "task.labels", "out", "init", "remote.cache"])
+def test_null_is_nothing_where_a_key_may_be_absent(key):
+    recipe = load_recipe("finetune_image_tiny", ["task.test_every=0", f"{key}=null"])
+    assert dotted_keys(recipe)[key] is None
+
+
+def test_null_is_a_text_where_a_key_may_not_be_absent():
+    assert load_recipe(TINY, ["name=null"]).name == "null"
+
+
 @pytest.mark.parametrize("name", ["2026", "2026-01-31", "1e5", "true", "007"])
 def test_a_folder_may_be_named_like_a_number(name):
     """Text keys take the text as it stands."""
