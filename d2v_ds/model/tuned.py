@@ -88,7 +88,8 @@ class Task(Config):
                 raise ValueError(f"task.{key}.kind={mask.kind} must be span")
         if self.test_every and not self.test:
             raise ValueError(
-                f"task.test_every={self.test_every} needs labelled shards: set task.test to a pattern, or task.test_every=0"
+                f"task.test_every={self.test_every} needs labelled shards: set task.test to a pattern, or "
+                "task.test_every=0"
             )
         return self
 

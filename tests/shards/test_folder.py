@@ -346,5 +346,10 @@ def test_the_endings_are_those_that_inputs_take():
 
 def test_validation_is_never_found_as_training(tmp_path: Path) -> None:
     """Recipes read *train*.tar: a table or folder that is called so must not name the shards of all splits."""
-    for name, expected in (("train.csv", "data"), ("my-trainset", "data"), ("val", "data"), ("clips.tsv", "clips")):
+    for name, expected in (
+        ("train.csv", "data"),
+        ("my-trainset", "data"),
+        ("val", "data"),
+        ("clips.tsv", "clips"),
+    ):
         assert make_name(tmp_path / name) == expected

@@ -109,7 +109,9 @@ def test_what_cannot_be_measured_is_an_error_that_says_why(make, shards):
         ValueError, match=r"label '2' of .* is no class of the model, whose classes are 0 to 1"
     ):
         evaluate_glue(two, shards / "mnli")
-    with pytest.raises(ValueError, match="accuracy does not go with one output, a number; take of pearson, spearman"):
+    with pytest.raises(
+        ValueError, match="accuracy does not go with one output, a number; take of pearson, spearman"
+    ):
         evaluate_glue(number, shards / "mrpc")
     with pytest.raises(ValueError, match="has no label: 'json.absent'"):
         evaluate_glue(two, shards / "mrpc", label="json.absent")
