@@ -378,7 +378,7 @@ def summarise(results: list[dict], shares: list[float]) -> str:
     lines = ["| | from | " + " | ".join(f"{share:.0%} of the labels" for share in shares) + " |"]
     lines.append("|---|---|" + "---|" * len(shares))
     for (modality, name), values in group(results).items():
-        cells = [f"{statistics.mean(values[share]):.3f} ± {spread(values[share]):.3f}" for share in shares]
+        cells = [f"{statistics.mean(values[share]):.3f} +- {spread(values[share]):.3f}" for share in shares]
         lines.append(f"| {modality}, {METRIC[modality]} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -49,6 +49,6 @@ def test_no_paragraph_of_the_test_is_pretrained_on(tmp_path):
 def test_the_table_has_mean_and_spread_of_the_seeds(tmp_path):
     row = {"modality": "audio", "share": 0.1, "from": "random"}
     results = [row | {"seed": seed, "value": value} for seed, value in ((1, 0.5), (2, 0.7))]
-    assert "| audio, wer | random | 0.600 ± 0.141 |" in few_labels.summarise(results, [0.1])
+    assert "| audio, wer | random | 0.600 +- 0.141 |" in few_labels.summarise(results, [0.1])
     few_labels.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
