@@ -1,12 +1,14 @@
-"""LibriSpeech (OpenSLR 12) and its mini parts (OpenSLR 31), downloaded, checked and made into shards.
+"""LibriSpeech (OpenSLR 12), its mini parts (OpenSLR 31) and Libri-light's limited labels, as shards.
 
     d2v prepare librispeech --out shards/librispeech                          all seven parts, 60 GB
     d2v prepare librispeech --out DIR --parts train-clean-5 dev-clean-2       the mini parts, 0.5 GB
+    d2v prepare librispeech --out DIR --parts limited-10m limited-1h          to fine-tune on 10 minutes, on 1 hour
     d2v prepare librispeech ARCHIVES --out DIR                                archives or folders that are there
 
 A sample is one utterance: `flac` as it is published, and `txt`, its transcript as it is published: capitals and
 apostrophes, no punctuation. The key is the utterance's name, <speaker>-<chapter>-<number>. Each part has shards of its
-own, so `librispeech-train-*.tar` is all that is for training. Licence: CC BY 4.0.
+own, so `librispeech-train-*.tar` is all that is for training. The limited parts (arXiv:1912.07875, section 3) are
+utterances of train-*: 10 minutes are a sixth of 1 hour, which is a tenth of 10 hours. Licence: CC BY 4.0.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -41,6 +44,13 @@ MINI_MD5 = {
     "dev-clean-2": "6d7ab67ac6a1d2c993d050e16d61080d",
     "train-clean-5": "5df7d4e78065366204ca6845bb08f490",
 }
+LIMITED = {"limited-10m": "1h/0/", "limited-1h": "1h/", "limited-10h": "(1h|9h)/"}
+"""Folders of the one archive that a part is made of."""
+LIMITED_ARCHIVE = Remote(
+    "librispeech_finetuning.tgz",
+    ("https://dl.fbaipublicfiles.com/librilight/data/librispeech_finetuning.tgz",),
+    "sha256:5d1efdc777b548194d7e09ba89126e2188026df9fd57aa57eb14408d2b2342af",  # as torchaudio has it
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,16 +59,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         metavar="SOURCE",
-        help="folder with <part>.tar.gz or unpacked parts (default: download)",
+        help="folder with <part>.tar.gz, librispeech_finetuning.tgz, or what they hold (default: download)",
     )
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=[*MD5, *MINI_MD5],
+        choices=[*MD5, *MINI_MD5, *LIMITED],
         default=list(MD5),
-        help="default: all but the mini parts",
+        help="default: all but the mini and the limited parts",
     )
-    add_download_arguments(parser, "where /12/<part>.tar.gz lies, tried before the known places")
+    mirror = "where /12/<part>.tar.gz and /librispeech_finetuning.tgz lie, tried before the known places"
+    add_download_arguments(parser, mirror)
 
 
 def add_download_arguments(parser: argparse.ArgumentParser, mirror: str) -> None:
@@ -94,12 +105,11 @@ def find_parts(job: Job, names: list[str], source: Path | None, arguments: argpa
     archives = {}
     if source is None:
         downloads = arguments.downloads or job.out / "downloads"
-        archives = dict(
-            zip(names, fetch_all(list(remotes.values()), downloads, records, job.say), strict=True)
-        )
+        wanted = list(dict.fromkeys(remotes.values()))  # limited parts are of one
+        archives = dict(zip(wanted, fetch_all(wanted, downloads, records, job.say), strict=True))
     parts, origin = [], []
     for name in names:
-        place = archives.get(name) or find_part(source, name)
+        place = archives.get(remotes[name]) or find_part(source, name)
         record = {"part": name, "url": remotes[name].urls[0] if source is None else None}
         if place.is_dir():
             listed, stamp = functools.partial(list_folder, folder=place, split=name), str(place)
@@ -115,18 +125,31 @@ def find_parts(job: Job, names: list[str], source: Path | None, arguments: argpa
 
 
 def make_remote(name: str, arguments: argparse.Namespace) -> Remote:
-    file = f"{name}.tar.gz"
-    number = 31 if name in MINI_MD5 else 12
-    places = [*([arguments.mirror.rstrip("/")] if arguments.mirror else []), *MIRRORS]
-    checksum = f"md5:{(MD5 | MINI_MD5)[name]}"
+    own = [arguments.mirror.rstrip("/")] if arguments.mirror else []
+    if name in LIMITED:
+        file, urls, checksum = LIMITED_ARCHIVE
+        urls = (*(f"{place}/{file}" for place in own), *urls)
+    else:
+        file, number = f"{name}.tar.gz", 31 if name in MINI_MD5 else 12
+        urls = tuple(f"{place}/{number}/{file}" for place in (*own, *MIRRORS))
+        checksum = f"md5:{(MD5 | MINI_MD5)[name]}"
     if arguments.checksums:
         checksum = read_checksums(arguments.checksums).get(file)
-    return Remote(file, tuple(f"{place}/{number}/{file}" for place in places), checksum)
+    return Remote(file, urls, checksum)
 
 
 def find_part(source: Path, name: str) -> Path:
     """An archive or a folder of a part, at the usual places below `source`."""
-    places = [source / f"{name}.tar.gz", source / f"{name}.tar", source / "LibriSpeech" / name, source / name]
+    if name in LIMITED:
+        folder = source / "librispeech_finetuning"
+        places = [source / LIMITED_ARCHIVE.name, folder.with_suffix(".tar"), folder]
+    else:
+        places = [
+            source / f"{name}.tar.gz",
+            source / f"{name}.tar",
+            source / "LibriSpeech" / name,
+            source / name,
+        ]
     for place in places:
         if place.exists():
             return place
@@ -137,12 +160,15 @@ def find_part(source: Path, name: str) -> Path:
 
 
 def list_archive(scratch: Path, archive: Path, split: str) -> Iterator[Found | Skipped]:
-    """The utterances of a <part>.tar.gz."""
-    plain = unpack(archive, scratch)
+    """The utterances of an archive that are of a part."""
+    own = scratch / split  # several parts of one archive are listed at the same time
+    own.mkdir(exist_ok=True)
+    plain = unpack(archive, own)
 
     def files() -> Iterator[tuple[str, Stored]]:
         for member in list_tar(plain):
-            yield member.name, member.where
+            if is_of(split, member.name):
+                yield member.name, member.where
 
     return list_utterances(files(), split)
 
@@ -153,6 +179,8 @@ def list_folder(scratch: Path, folder: Path, split: str) -> Iterator[Found | Ski
 
     def files() -> Iterator[tuple[str, Stored]]:
         for path in walk(folder, bad):
+            if not is_of(split, path):
+                continue
             try:
                 yield path, look_at(path)
             except ValueError as error:
@@ -160,6 +188,11 @@ def list_folder(scratch: Path, folder: Path, split: str) -> Iterator[Found | Ski
 
     yield from list_utterances(files(), split)
     yield from bad
+
+
+def is_of(split: str, name: str) -> bool:
+    """Whether a file of an archive, or of a folder of its content, is of a part."""
+    return split not in LIMITED or re.match(f"(.*/)?{LIMITED[split]}", name) is not None
 
 
 def list_utterances(files: Iterable[tuple[str, Stored]], split: str) -> Iterator[Found | Skipped]:

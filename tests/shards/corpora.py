@@ -33,6 +33,18 @@ def speech_files(part: str, speakers: int = 3, utterances: int = 5) -> dict[str,
     return files
 
 
+def limited_files() -> dict[str, bytes]:
+    """`librispeech_finetuning/{1h/0 ... 1h/5, 9h}/{clean, other}/<speaker>/<chapter>/...`."""
+    files = {}
+    for i, group in enumerate([*(f"1h/{n}" for n in range(6)), "9h"]):
+        for kind in ("clean", "other"):
+            name = f"{300 + i}-{ord(kind[0])}"
+            folder = f"librispeech_finetuning/{group}/{kind}/{name.replace('-', '/')}"
+            files[f"{folder}/{name}.trans.txt"] = f"{name}-0000 SAID IN {group} {kind}\n".encode()
+            files[f"{folder}/{name}-0000.flac"] = noise(i * 1000 + ord(kind[0]), 2000)
+    return files
+
+
 def text_files(number: int, documents: int = 8) -> dict[str, bytes]:
     """The documents of one inner archive of OpenWebText."""
     return {

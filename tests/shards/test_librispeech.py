@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from corpora import checksums, speech_files, tar_of
+from corpora import checksums, limited_files, speech_files, tar_of
 from server import Manners, serve
 from trees import all_bytes, prepare, read_shards, skipped, start_prepare, write_tree
 
 from shards import download
-from shards.librispeech import MD5, MINI_MD5
+from shards.librispeech import LIMITED, MD5, MINI_MD5
 
 PARTS = ("train-clean-5", "dev-clean-2")
 
@@ -104,6 +104,26 @@ def test_archives_and_folders_that_are_there_give_the_same_shards(archives, tmp_
         assert status == 0, said
     tars = [{k: v for k, v in all_bytes(tmp_path / name).items() if ".tar" in k} for name in "ab"]
     assert tars[0] == tars[1] and len(tars[0]) > 8
+
+
+def test_limited_parts_are_taken_from_one_archive_or_folder(tmp_path):
+    """10 minutes of the 1 hour of the 10 hours; the archive is downloaded once."""
+    archive = {"librispeech_finetuning.tgz": tar_of(limited_files(), "w:gz")}
+    sums = write_tree(tmp_path, {"sums": checksums(archive, "sha256")}) / "sums"
+    unpacked = write_tree(tmp_path / "unpacked", limited_files())
+    settings = ("--parts", *LIMITED, "--checksums", sums, "--workers", 2)
+    manners = Manners(archive)
+    with serve(manners) as address:
+        downloaded = prepare("librispeech", "--out", tmp_path / "a", "--mirror", address, *settings)
+    assert downloaded[0] == 0, downloaded[1]
+    assert [name for name, _ in manners.asked].count("librispeech_finetuning.tgz") == 1
+    status, said = prepare("librispeech", unpacked, "--out", tmp_path / "b", *settings)
+    assert status == 0, said
+    for out in (tmp_path / "a", tmp_path / "b"):
+        found = {part: read_shards(out, f"librispeech-{part}-*.tar") for part in LIMITED}
+        assert [len(samples) for samples in found.values()] == [2, 12, 14]
+        assert found["limited-10m"].keys() < found["limited-1h"].keys() < found["limited-10h"].keys()
+        assert found["limited-10m"]["300-99-0000"]["txt"] == b"SAID IN 1h/0 clean"
 
 
 def test_utterances_without_transcript_and_transcripts_without_utterance_are_listed(tmp_path):
