@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from ranks import SAMPLE
-from runs import python, read_rows, start, without_timings
+from runs import python, read_rows, start, torchrun, without_timings
 
 from d2v_ds.recipe import Health, load_recipe
 from d2v_ds.training.guard import Collapsed, check_variances
@@ -117,11 +117,17 @@ def test_speech_that_collapses_is_stopped_with_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_back_and_on_more_slowly(tmp_path: Path) -> None:
-    """And is to the bit the run that starts from the checkpoint it went back to."""
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_run_goes_back_and_on_more_slowly(stage: int, tmp_path: Path) -> None:
+    """And is to the bit the run that starts from the checkpoint it went back to; from stage 1 on with two ranks."""
     out = tmp_path / "run"
-    rollback = ["health.on_collapse=rollback", "health.max_rollbacks=1", "health.rollback_lr=0.25"]
-    done = start(python(*LIVE, f"out={out}", *rollback, "train.keep_checkpoints=20"))
+    settings = [*LIVE, "health.on_collapse=rollback", "health.max_rollbacks=1", "health.rollback_lr=0.25"]
+    settings += ["train.keep_checkpoints=20"]
+    settings[2] = f"zero{stage}"
+    if stage:
+        settings += ["modalities.audio.data.batch=4", "modalities.audio.data.micro_batches=2"]
+    command = torchrun if stage else python
+    done = start(command(*settings, f"out={out}"))
     loop = json.loads((out / "step_00000060" / "loop.json").read_text())
     back = loop["rollbacks"][0]
     assert back["to"] < back["from"] <= 60 and loop["lr_scale"] == 0.25
@@ -131,7 +137,7 @@ def test_a_run_goes_back_and_on_more_slowly(tmp_path: Path) -> None:
     for path in (tmp_path / "again").glob("step_*"):
         if int(path.name[5:]) > back["to"]:
             shutil.rmtree(path)
-    start(python(*LIVE, f"out={tmp_path / 'again'}", *rollback, "train.keep_checkpoints=20"))
+    start(command(*settings, f"out={tmp_path / 'again'}"))
     assert without_timings(read_rows(tmp_path / "again")) == without_timings(read_rows(out))
     events = [row for row in read_rows(out, "verdicts.jsonl") if "rollback" in row]
     assert len(events) == 1 and events[0]["step"] == back["from"]
