@@ -34,7 +34,7 @@ HOMES = {
     "triton": ("d2v_ds/kernels/",),
     "webdataset": ("d2v_ds/data/", "shards/", "scripts/bench_loader.py"),
     "tarfile": ("d2v_ds/data/", "shards/"),
-    "transformers": ("d2v_ds/convert/",),
+    "transformers": ("d2v_ds/convert/", "scripts/compare_methods.py"),
     "tokenizers": ("d2v_ds/convert/", "d2v_ds/modalities/text/", "shards/"),
     "onnxruntime": ("d2v_ds/convert/",),
 }
