@@ -7,9 +7,9 @@ shards through the same loader, have an encoder of the same width, depth and hea
 it), AdamW, a warm-up of a tenth of the time and a cosine over all of it, on one thread; what a method takes per step
 is its own: batch, mask, decoder. Every method trains for `--seconds` of CPU time, reading and masking included,
 probing not. On the way the same probe reads the same labelled samples from every block's mean-pooled output, all
-concatenated: closed-form ridge, as `d2v probe`. Each method learns at the best of three rates, by the probe at the end
-of a run with a seed of its own (0). Data is written below OUT/data once. Writes OUT/NAME.json and OUT/NAME.png; runs
-that are done are not done again.
+concatenated: closed-form ridge, as `d2v probe`. Each method learns at the best of three rates or more, tried until the
+best has worse ones on both sides, by the probe at the end of a run with a seed of its own (0). Data is written below
+OUT/data once. Writes OUT/NAME.json and OUT/NAME.png; runs that are done are not done again.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 POINTS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 """Of the time, where it is probed."""
 RATES = (1e-3, 2e-3, 4e-3)
+MOST_RATES = 6
 WARM_UP = 0.1
 PROBED = 32
 """Samples in a batch of the probe."""
@@ -405,10 +406,19 @@ def prepare_text(out: Path) -> Data:
 
 
 def find_rate(kind: type, modality: str, data: Data, out: Path, seconds: float) -> tuple[float, dict]:
-    """The rate whose run ends best, and all of them."""
-    tried = {rate: remembered(kind, modality, data, out, seconds, rate, 0, (1.0,)) for rate in RATES}
-    best = max(tried, key=lambda rate: tried[rate][-1]["accuracy"])
-    return best, {f"{rate:g}": rows[-1]["accuracy"] for rate, rows in tried.items()}
+    """The rate whose run ends best, and all of them; beyond the lowest and the highest more are tried."""
+
+    def measure(rate: float) -> float:
+        return remembered(kind, modality, data, out, seconds, rate, 0, (1.0,))[-1]["accuracy"]
+
+    tried = {rate: measure(rate) for rate in RATES}
+    while len(tried) < MOST_RATES:
+        best = max(tried, key=tried.get)
+        beyond = {min(tried): min(tried) / 2, max(tried): max(tried) * 2}.get(best)
+        if beyond is None:
+            break
+        tried[beyond] = measure(beyond)
+    return max(tried, key=tried.get), {f"{rate:g}": tried[rate] for rate in sorted(tried)}
 
 
 def remembered(

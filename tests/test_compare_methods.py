@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,19 @@ def test_a_run_stops_at_its_cpu_seconds_and_is_probed_on_the_way(monkeypatch) ->
     found = list(compare_methods.train(Method(), 2.0, 1.0, 0, (0.0, 0.5, 1.0)))
     assert found == [(0.0, 0), (1.0, 4), (2.0, 8)]
     assert len(rates) == 8 and rates[0] == 0 and max(rates) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("top", "tried"), [(2e-3, [1, 2, 4]), (6e-4, [0.25, 0.5, 1, 2, 4]), (9e-3, [1, 2, 4, 8, 16])]
+)
+def test_rates_are_tried_until_the_best_has_worse_ones_on_both_sides(top, tried, monkeypatch) -> None:
+    def remembered(kind, modality, data, out, seconds, rate, seed, points):
+        return [{"accuracy": -abs(math.log(rate / top))}]
+
+    monkeypatch.setattr(compare_methods, "remembered", remembered)
+    best, accuracies = compare_methods.find_rate(None, "image", None, None, 1.0)
+    assert [float(rate) for rate in accuracies] == pytest.approx([1e-3 * rate for rate in tried])
+    assert best == min((float(rate) for rate in accuracies), key=lambda rate: abs(math.log(rate / top)))
 
 
 def test_the_table_has_mean_and_spread_over_the_seeds() -> None:
