@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         return tokenizer_main(argv[1:])
     arguments = build_parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        with reading_remote(arguments):
+            return arguments.run(arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -118,7 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     embed = commands.add_parser("embed", help="embeddings of shards or of a folder of files, in one file")
     embed.add_argument("model", help="run folder, export, fairseq file or Hugging Face folder")
-    embed.add_argument("data", help="folder of files or of tar shards, or a pattern of either")
+    embed.add_argument(
+        "data", help="folder of files or of tar shards, a pattern of either, or URLs of shards"
+    )
     embed.add_argument("--out", type=Path, required=True, help="a .parquet or .npy file")
     embed.add_argument("--modality", default=None, help="which, if the model has several")
     embed.add_argument(
@@ -136,6 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     embed.add_argument(
         "--workers", type=int, default=None, help="threads that decode (default: cores, at most 8)"
     )
+    add_remote(embed)
     embed.set_defaults(run=run_embed)
 
     probe = commands.add_parser("probe", help="ridge probes on frozen features of labelled shards")
@@ -150,6 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.1,
         help="smallest ridge penalty to choose from (default: 0.1; 1e-6 reads what 16-bit features lose)",
     )
+    add_remote(probe)
     probe.set_defaults(run=run_probe)
 
     evaluation = commands.add_parser(
@@ -182,12 +188,13 @@ def add_evaluation(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument("--modality", default=None, help="which, if the model has several")
     parser.add_argument("--batch", type=int, default=32, help="items at once (default: 32)")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    add_remote(parser)
     parser.set_defaults(kind=kind)
 
 
 def add_frozen(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument("model", help="run folder, export, fairseq file or Hugging Face folder")
-    parser.add_argument("data", help="a folder of labelled shards, or a pattern of those to fit on")
+    parser.add_argument("data", help="a folder of labelled shards, or a pattern (or URLs) of those to fit on")
     parser.add_argument("--train", default=None, help="shards to fit on (default: *train*.tar in the folder)")
     parser.add_argument(
         "--test", default=None, help="shards to test on (default: *val*.tar, *dev*.tar or *test*.tar)"
@@ -217,7 +224,7 @@ def add_frozen(parser: argparse.ArgumentParser, kind: str) -> None:
 def add_tuned(parser: argparse.ArgumentParser, kind: str) -> None:
     default = {"ctc": "txt;json.text"}.get(kind, "cls;json.label")
     parser.add_argument("model", help="fine-tuned: export, fairseq file or Hugging Face folder")
-    parser.add_argument("data", help="labelled shards: a folder or a pattern")
+    parser.add_argument("data", help="labelled shards: a folder, a pattern or URLs")
     if kind == "glue":
         parser.add_argument(
             "--task", default=None, help="cola, mnli, ... (default: what the folder was made for)"
@@ -258,6 +265,11 @@ def add_shards(parser: argparse.ArgumentParser) -> None:
         help="folder, pattern a{000..123}.tar or *.tar, joined by ::; or URLs of them (https, s3, gs, hf)",
     )
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one for each core)")
+    add_remote(parser)
+
+
+def add_remote(parser: argparse.ArgumentParser) -> None:
+    """How URLs of shards are read."""
     parser.add_argument("--cache", default=None, help="folder for remote shards (default: $D2V_CACHE_DIR)")
     parser.add_argument("--cache-gib", type=float, default=100.0, help="the most they take (default: 100)")
     parser.add_argument(
@@ -266,22 +278,23 @@ def add_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipe", action="store_true", help="allow pipe:COMMAND, which runs commands")
 
 
+def reading_remote(arguments: argparse.Namespace) -> AbstractContextManager[None]:
+    """Takes what `add_remote` added from the arguments: URLs that are opened meanwhile are read so."""
+    if not hasattr(arguments, "cache_gib"):
+        return nullcontext()
+    from d2v_ds.data.remote import reading, remote_of
+
+    names = ("cache", "cache_gib", "retry_minutes", "pipe")
+    return reading(remote_of(**{name: vars(arguments).pop(name) for name in names}))
+
+
 def find_shards(arguments: argparse.Namespace) -> list[Any]:
     """The shards of a command line; a number that does not fit is a ValueError."""
     from d2v_ds.data import expand_shards
-    from d2v_ds.data.remote import reading, remote_of
 
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers {arguments.workers} must be 1 or more")
-    with reading(
-        remote_of(
-            cache=arguments.cache,
-            cache_gib=arguments.cache_gib,
-            retry_minutes=arguments.retry_minutes,
-            pipe=arguments.pipe,
-        )
-    ):
-        return expand_shards(arguments.shards)
+    return expand_shards(arguments.shards)
 
 
 def run_export(arguments: argparse.Namespace) -> int:

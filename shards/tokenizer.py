@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from d2v_ds.cli import add_remote, reading_remote
 from d2v_ds.data import Corpus, expand_shards
 from shards.writer import write_bytes
 
@@ -36,10 +37,11 @@ MAX_LINE = 4000
 def main(argv: list[str] | None = None, prog: str = "d2v tokenizer") -> int:
     arguments = build_parser(prog).parse_args(argv)
     try:
-        return arguments.run(arguments)
-    except ValueError as error:
+        with reading_remote(arguments):
+            return arguments.run(arguments)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -51,7 +53,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="a sentencepiece model of text shards", allow_abbrev=False)
-    train.add_argument("shards", nargs="+", help="folder or pattern of shards with texts")
+    train.add_argument("shards", nargs="+", help="folder, pattern or URLs of shards with texts")
     train.add_argument("--out", type=Path, required=True, help="file to write: sentencepiece.model")
     train.add_argument("--kind", choices=KINDS, default="bpe", help="default: bpe")
     train.add_argument(
@@ -65,6 +67,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     train.add_argument(
         "--threads", type=int, default=1, help="more are faster, and may give other pieces of kind unigram"
     )
+    add_remote(train)
     train.set_defaults(run=run_train)
     imported = commands.add_parser("import", help="the vocabulary of a released model", allow_abbrev=False)
     imported.add_argument("folder", type=Path, metavar="FOLDER", help="folder with its files")

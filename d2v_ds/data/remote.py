@@ -104,8 +104,8 @@ def check_url(url: str) -> None:
     if scheme == "pipe":
         if not settings().pipe:
             raise ValueError(
-                f"{url!r} would run a command; if you trust it, allow it by remote.pipe=true (d2v index, verify, "
-                "preview: --pipe)"
+                f"{url!r} would run a command; if you trust it, allow it by remote.pipe=true (other "
+                "commands: --pipe)"
             )
         return
     if scheme not in CLIENTS or not url.startswith(f"{scheme}://"):
