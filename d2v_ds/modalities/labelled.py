@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from d2v_ds.data import Corpus, Draw
+from d2v_ds.data import Corpus, Draw, Share, Volume
 from d2v_ds.model.batch import Batch
 from d2v_ds.model.tuned import Task
 
@@ -42,6 +42,11 @@ class Labelled:
         if name == "samples":  # while it is unpickled
             raise AttributeError(name)
         return getattr(self.samples, name)
+
+    def volume(self, corpus: Corpus, share: Share, batch: int) -> Volume:
+        """Whole samples are padded where those of pre-training are cropped."""
+        own = getattr(self.samples, "whole_volume", self.samples.volume)
+        return own(corpus, share, batch)
 
     def read(self, corpus: Corpus, unit: int) -> tuple[Any, float | int]:
         fields = corpus.read(unit)

@@ -41,7 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         with reading(recipe.remote):
-            opened = [open_source(name, config, recipe.data) for name, config in recipe.modalities.items()]
+            opened = [
+                open_source(name, config, recipe.data, recipe.task)
+                for name, config in recipe.modalities.items()
+            ]
         sources = cut_windows(opened)
         plan = Plan(recipe.seed, [source.stream for source in sources])
         plan.check_world(arguments.ranks)
@@ -129,9 +132,11 @@ def row(stream: Stream, share: Share, volume: Volume, epochs: dict[str, float]) 
     own = share.count / stream.block
     batches = share.batches(stream.batch)
     is_time = volume.unit == "seconds"
-    lost = {"seconds": f"{volume.cropped:.1%} cropped", "tokens": f"{volume.padding:.1%} padding"}.get(
-        volume.unit, ""
-    )
+    lost = f"{volume.padding:.1%} padding"
+    if volume.unit == "images":
+        lost = ""
+    elif is_time and not volume.padding:
+        lost = f"{volume.cropped:.1%} cropped"
     filled = (
         volume.micro_batch / (1 - volume.padding) / (1 - volume.cropped) / volume.budget
         if volume.budget

@@ -13,6 +13,7 @@ from d2v_ds.data import Plan
 from d2v_ds.data.buckets import expected_extremes
 from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import load_recipe
+from d2v_ds.training.plan import describe_plan
 from d2v_ds.training.volume import describe_volume
 
 
@@ -85,3 +86,25 @@ def test_small_speech_takes_crops_of_one_length():
     lengths = np.bincount(np.minimum(np.arange(8, 31), data.max_seconds).astype(int))
     shortest, _ = expected_extremes(np.arange(len(lengths)), lengths, data.batch)
     assert shortest * data.batch * data.micro_batches == pytest.approx(256)
+
+
+@pytest.mark.parametrize("budget", [None, 20.0])
+def test_sounds_that_are_fine_tuned_on_are_padded_not_cropped(budget):
+    """As many seconds as are stored; the share of padding is that of the batches of an epoch."""
+    settings = [] if budget is None else [f"modalities.audio.data.batch_seconds={budget}"]
+    recipe = load_recipe("finetune_audio_tiny", settings)
+    source = open_source("audio", recipe.modalities["audio"], str(SAMPLE), recipe.task)
+    plan = Plan(recipe.seed, [source.stream])
+    steps = int(source.stream.shares[0].batches(source.batch))
+    text = describe_volume(source, plan, steps)
+    assert "cropping" not in text
+    told = float(re.search(r"padding is ([\d.]+)% of what is computed", text)[1]) / 100
+    real = computed = 0
+    for step in range(steps):
+        lengths = [source.corpus.lengths.of_unit(d.unit) for d in plan.draws(step, "audio", 0)]
+        real, computed = real + sum(lengths), computed + len(lengths) * max(lengths)
+    assert told == pytest.approx(1 - real / computed, abs=0.03)
+    seconds = float(re.search(r"epochs of ([\d,]+) seconds", text)[1].replace(",", ""))
+    lengths = source.corpus.lengths
+    assert seconds == pytest.approx(lengths.total(lengths.shards_of(0, source.size)) / 16_000, abs=1)
+    assert f"{told:.1%} padding" in describe_plan(recipe, [source], plan)

@@ -96,6 +96,22 @@ class AudioSamples:
             budget=self.config.data.batch_seconds,
         )
 
+    def whole_volume(self, corpus: Corpus, share: Share, batch: int) -> Volume:
+        """In seconds, of sounds that are not cropped: a micro-batch is padded to its longest."""
+        if share.buckets:
+            stored, _, padded = share.buckets.filling()
+        else:
+            counts = corpus.lengths.count(corpus.lengths.shards_of(share.first, share.size), self.longest)
+            values = np.arange(len(counts))
+            stored, padded = values @ counts, share.size * expected_extremes(values, counts, batch)[1]
+        return Volume(
+            "seconds",
+            float(stored) / RATE,
+            float(stored) / share.batches(batch) / RATE,
+            padding=1 - float(stored) / padded,
+            budget=self.config.data.batch_seconds,
+        )
+
     def label(self, corpus: Corpus, unit: int) -> str:
         return f"{corpus.key(unit)} {corpus.lengths.of_unit(unit) / RATE:.2f} s"
 
