@@ -17,7 +17,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from d2v_ds.config import Config
-from d2v_ds.modalities.audio.vocabulary import SPACE, WORD, join_symbols
+from d2v_ds.modalities.audio.vocabulary import SPACE, WORD, case_of, change_case, join_symbols
 
 REMEDY = "pip install 'd2v_ds[ctc]'"
 NO_WORDS = {"<s>", "</s>", "<unk>", "<UNK>"}
@@ -84,14 +84,8 @@ class BeamDecoder:
         if not found:
             return ""
         if self.has_lexicon:
-            words = " ".join(found[0].words)
-            return words.upper() if is_upper(self.symbols) else words
+            return change_case(" ".join(found[0].words), case_of(self.symbols))
         return join_symbols(self.symbols[i] for i in found[0].tokens.tolist())
-
-
-def is_upper(symbols: tuple[str, ...]) -> bool:
-    """No letter is small."""
-    return not any(len(symbol) == 1 and symbol.islower() for symbol in symbols)
 
 
 def import_decoder(needs_lm: bool) -> Any:
@@ -109,7 +103,8 @@ def import_decoder(needs_lm: bool) -> Any:
 
 
 def spellings(symbols: tuple[str, ...], settings: Beam) -> list[tuple[str, list[str]]]:
-    """Words and their symbols; of an ARPA file those that the head can write, in capitals if it has only those."""
+    """Words and their symbols; of an ARPA file those that the head can write, in capitals or small letters if it
+    has only those."""
     if settings.lexicon:
         return list(read_lexicon(Path(settings.lexicon), symbols))
     known = set(symbols)
@@ -118,7 +113,8 @@ def spellings(symbols: tuple[str, ...], settings: Beam) -> list[tuple[str, list[
             f"{settings.lm}: how its words are spelt in pieces is not known; name a lexicon: lines 'word piece piece'"
         )
     words = list(read_words(Path(settings.lm)))
-    spelt = [(word, [*(word.upper() if is_upper(symbols) else word), SPACE]) for word in words]
+    case = case_of(symbols)
+    spelt = [(word, [*change_case(word, case), SPACE]) for word in words]
     spelt = [(word, letters) for word, letters in spelt if known.issuperset(letters)]
     if not spelt:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from d2v_ds.convert.features import Encoder
 from d2v_ds.convert.load import load
-from d2v_ds.modalities.audio.vocabulary import BLANK
+from d2v_ds.modalities.audio.vocabulary import BLANK, case_of, change_case, writable
 from d2v_ds.tasks.beam import Beam, BeamDecoder
 from d2v_ds.tasks.embed import best_device
 from d2v_ds.tasks.groups import Ready, make_groups, prepare
@@ -180,15 +181,17 @@ def read_classes(items: Items, encoder: Encoder, label: str, classes: list[str] 
 
 
 def read_transcripts(items: Items, encoder: Encoder, label: str) -> list[str]:
-    """Texts in the letters of the head: as they are, or in capitals where the head has only those."""
-    is_pieces = encoder.head_config.labels[0] == BLANK  # whose characters are not listed
-    letters = {symbol for symbol in encoder.head_config.labels if len(symbol) == 1}
-    is_upper = not is_pieces and not any(symbol.islower() for symbol in letters)
+    """Texts as the head writes them: in capitals or small letters where it has only those, and for pieces normalised as
+    sentencepiece does (NFKC)."""
+    labels = encoder.head_config.labels
+    case, letters, is_pieces = case_of(labels), writable(labels), labels[0] == BLANK
     texts = []
     for i, text in enumerate(read_labels(items, label)):
-        text = " ".join((text.upper() if is_upper else text).split())
-        unknown = sorted(set(text) - letters - {" "})
-        if unknown and not is_pieces:
+        text = " ".join(change_case(text, case).split())
+        if is_pieces:
+            text = unicodedata.normalize("NFKC", text)
+        unknown = [] if letters is None else sorted(set(text) - letters - {" "})
+        if unknown:
             raise ValueError(
                 f"the transcript of {items.name(i).full} has {', '.join(map(repr, unknown[:8]))}, which the model "
                 f"cannot write; it knows {''.join(sorted(letters))}; normalise the transcripts"

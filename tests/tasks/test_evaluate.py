@@ -16,7 +16,8 @@ from d2v_ds.data import Corpus
 from d2v_ds.modalities.build import build_model
 from d2v_ds.model.heads import HEAD, HeadConfig, build_head
 from d2v_ds.recipe import load_recipe
-from d2v_ds.tasks.evaluate import evaluate
+from d2v_ds.tasks.evaluate import evaluate, read_transcripts
+from d2v_ds.tasks.items import open_items
 
 VAL = str(SAMPLE / "multimodal-val-000000.tar")
 KINDS = {"image": "image_classification", "audio": "ctc"}
@@ -85,6 +86,26 @@ def test_error_rates_are_the_edits_to_the_models_own_transcripts(make, val):
     found = evaluate("ctc", folder, VAL, label="json.digit", batch=5)
     assert found["cer"] == pytest.approx(edits / sum(map(len, truths)))
     assert found["wer"] == pytest.approx(word_edits / len(truths))
+
+
+@pytest.mark.parametrize("letters", ["ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz"])
+@pytest.mark.parametrize("is_pieces", [False, True])
+def test_transcripts_are_written_as_the_head_writes(make, letters, is_pieces):
+    """In its case, whichever the shards have; pieces are checked by their characters."""
+    symbols = ("<blank>", "<unk>", *(f"\u2581{c}" for c in letters), *letters)
+    folder = make("audio", len(symbols), symbols) if is_pieces else make("audio", 28, ("<s>", "|", *letters))
+    encoder = d2v_ds.load(folder)
+    items = open_items(VAL, "audio", encoder.samples, "txt;json.text")
+    texts = read_transcripts(items, encoder, "txt;json.text")
+    assert len(texts) == len(items) and set("".join(texts)) <= set(letters) | {" "}
+    assert texts[0] == (items.read(0)[1].upper() if letters.isupper() else items.read(0)[1].lower())
+    lacking = tuple("#" if symbol.strip("\u2581") in "eE" else symbol for symbol in symbols)
+    if is_pieces:
+        encoder.head_config = encoder.head_config.model_copy(update={"labels": lacking})
+        with pytest.raises(ValueError, match="has '[eE]', which the model cannot write"):
+            read_transcripts(items, encoder, "txt;json.text")
+        encoder.head_config = encoder.head_config.model_copy(update={"labels": (*lacking, "<0x41>")})
+        assert len(read_transcripts(items, encoder, "txt;json.text")) == len(items)
 
 
 def test_what_cannot_be_evaluated_is_an_error_that_says_why(make):

@@ -19,6 +19,8 @@ BLANK = "<blank>"
 WORD = "\u2581"
 """How sentencepiece writes the space before a word."""
 BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")
+MARK = re.compile(r"<[^<>]+>")
+"""A symbol that is no text: the blank, the unknown, the bytes of sentencepiece."""
 SHOWN = 8
 
 
@@ -75,6 +77,21 @@ class Vocabulary:
 
 def change_case(text: str, case: Case) -> str:
     return {"keep": str, "upper": str.upper, "lower": str.lower}[case](text)
+
+
+def case_of(symbols: Iterable[str]) -> Case:
+    """How a head writes: "upper" or "lower" where its symbols have such letters alone, else "keep"."""
+    letters = "".join(symbol for symbol in symbols if not MARK.fullmatch(symbol))
+    has = any(map(str.isupper, letters)), any(map(str.islower, letters))
+    return {(True, False): "upper", (False, True): "lower"}.get(has, "keep")
+
+
+def writable(symbols: Iterable[str]) -> set[str] | None:
+    """The characters that a head can write, the space left out; None = all, by bytes."""
+    symbols = list(symbols)
+    if any(BYTES.fullmatch(symbol) for symbol in symbols):
+        return None
+    return {letter for symbol in symbols if not MARK.fullmatch(symbol) for letter in symbol} - {SPACE, WORD}
 
 
 def join_symbols(symbols: Iterable[str]) -> str:
