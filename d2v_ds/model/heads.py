@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from d2v_ds.config import Config
@@ -37,14 +37,16 @@ class HeadConfig(Config):
     """Of fine-tuning, where the file says so."""
     factor: float = 1.0
     """Of one output: it is the number times this."""
+    norm_eps: PositiveFloat = 1e-6
+    """Of the norm of an image classification; v1 weights in transformers' folders have another."""
 
 
 class ImageHead(nn.Module):
     """Mean over patches, layer norm, linear."""
 
-    def __init__(self, outputs: int, dim: int):
+    def __init__(self, outputs: int, dim: int, norm_eps: float = 1e-6):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.proj = nn.Linear(dim, outputs)
 
     def forward(self, x_BTD: Tensor, padding_BT: Tensor | None = None) -> Tensor:
@@ -122,8 +124,9 @@ class UtteranceHead(nn.Module):
 
 def build_head(config: HeadConfig, dim: int) -> nn.Module:
     """The head of this kind on an encoder of width `dim`; its `forward(x_BTD, padding_BT)` gives logits."""
+    if config.kind == "image_classification":
+        return ImageHead(config.outputs, dim, config.norm_eps)
     kinds = {
-        "image_classification": ImageHead,
         "attentive_classification": AttentiveHead,
         "ctc": CTCHead,
         "sentence_classification": SentenceHead,

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import d2v_ds
+from d2v_ds.convert.consolidate import write_export
 from d2v_ds.convert.huggingface import read_huggingface, write_huggingface
-from d2v_ds.convert.load import Encoder
+from d2v_ds.convert.load import Encoder, read
 from d2v_ds.model.batch import Batch, make_masked
 from d2v_ds.model.data2vec import Data2Vec
 
@@ -413,3 +414,14 @@ def test_the_encoder_says_what_it_was_loaded_from(folders):
     encoder = d2v_ds.load(folders["Data2VecAudioModel"])
     assert isinstance(encoder, Encoder)
     assert "Hugging Face folder, Data2VecAudioModel" in repr(encoder)
+
+
+@torch.no_grad()
+def test_the_norm_of_a_classifier_has_the_folders_eps(tmp_path):
+    """Far from the head's own, so that it is seen; and it stays in an export of ours."""
+    model = build("Data2VecVisionForImageClassification", "image", num_labels=5, use_mean_pooling=True,
+                  layer_norm_eps=0.1)  # fmt: skip
+    model.save_pretrained(tmp_path / "theirs")
+    x = source("image")
+    for folder in (tmp_path / "theirs", write_export(read(tmp_path / "theirs"), tmp_path / "ours")):
+        assert torch.allclose(d2v_ds.load(folder).logits(x), model(x).logits, atol=1e-5)

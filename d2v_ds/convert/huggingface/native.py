@@ -475,7 +475,8 @@ def our_head(config: dict[str, Any], tensors: dict[str, Tensor], family: Family)
     if f"{HEAD}proj.weight" not in tensors:
         return None
     outputs = tensors[f"{HEAD}proj.weight"].shape[0]
-    return HeadConfig(kind=family.kind, outputs=outputs, labels=labels_of(config, outputs))
+    norm_eps = {"norm_eps": config["layer_norm_eps"]} if f"{HEAD}norm.weight" in tensors else {}
+    return HeadConfig(kind=family.kind, outputs=outputs, labels=labels_of(config, outputs), **norm_eps)
 
 
 def labels_of(config: dict[str, Any], outputs: int) -> tuple[str, ...] | None:
