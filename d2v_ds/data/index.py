@@ -21,9 +21,10 @@ import braceexpand
 import numpy as np
 
 from d2v_ds.data.cache import RemoteShard
+from d2v_ds.data.excluded import excluded_rows
 from d2v_ds.data.lengths import Lengths, stored_row
 from d2v_ds.data.parallel import Progress, map_shards
-from d2v_ds.data.published import differences, missing_shards, rows_of
+from d2v_ds.data.published import ENERGON_SPLIT, differences, missing_shards, rows_of
 from d2v_ds.data.reader import CorruptSample, Fields, ShardReader, parse_fields, samples_with
 from d2v_ds.data.remote import expand_url, is_url, settings
 from d2v_ds.data.shard import (
@@ -106,11 +107,14 @@ def _index_shard(shard: Shard, then: Callable[[ShardIndex], None] | None) -> Sha
 class Corpus:
     """All usable samples of a list of shards for one modality, numbered from 0 in the order of the shards."""
 
-    def __init__(self, indexes: list[ShardIndex], fields: Fields) -> None:
+    def __init__(self, indexes: list[ShardIndex], fields: Fields, workers: int | None = None) -> None:
         self.indexes = indexes
         self.fields = fields
         self.skipped = 0
-        self._left_out = [_without(index, fields) for index in indexes]
+        self._excluded = excluded_rows(indexes, workers)
+        self._left_out = [
+            _join(_without(index, fields), rows) for index, rows in zip(indexes, self._excluded, strict=True)
+        ]
         self._lengths: Lengths | None = None
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
         self._pid = os.getpid()
@@ -127,7 +131,8 @@ class Corpus:
         workers: int | None = None,
         progress: Progress | None = print,
     ) -> "Corpus":
-        """Index what is not indexed; leave out samples that lack a field, are empty or below `min_length`.
+        """Index what is not indexed; leave out samples that lack a field, are empty or below `min_length`, and what
+        the `split.yaml` of an Energon folder excludes.
 
         `fields` maps a name to alternatives in order of preference: "flac;wav", "txt;json.text" (the key
         `text` of the member `json`). `measure` gives a sample's length, its ValueError means 0; the lengths
@@ -138,11 +143,17 @@ class Corpus:
             then = functools.partial(
                 _measure_shard, fields=parse_fields(fields), measure=measure, name=measure_name
             )
-        corpus = cls(ensure_index(paths, workers, progress, then), parse_fields(fields))
-        if not len(corpus):
-            raise ValueError(corpus._no_field_message(paths, fields))
+        corpus = cls(ensure_index(paths, workers, progress, then), parse_fields(fields), workers)
         total = sum(index.num_samples for index in corpus.indexes)
-        reasons = {f"without {' or '.join(map(repr, fields.values()))}": total - len(corpus)}
+        excluded = sum(len(rows) for rows in corpus._excluded if rows is not None)
+        reasons = {
+            f"excluded by {ENERGON_SPLIT}": excluded,
+            f"without {' or '.join(map(repr, fields.values()))}": total - len(corpus) - excluded,
+        }
+        if not len(corpus):
+            if excluded:
+                corpus._report(paths, reasons, total)
+            raise ValueError(corpus._no_field_message(paths, fields))
         if measure is not None:
             assert measure_name, "a measure needs a name to be stored under"
             corpus._measure(measure, measure_name, workers, progress)
@@ -161,8 +172,11 @@ class Corpus:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 over the shards' names, sizes and member hashes; where they lie does not count."""
-        rows = [(index.path.name, index.size, index.members_sha256) for index in self.indexes]
+        """sha256 over the shards' names, sizes, member hashes and excluded rows; where they lie does not count."""
+        rows = [
+            (index.path.name, index.size, index.members_sha256, *([] if out is None else [out.tolist()]))
+            for index, out in zip(self.indexes, self._excluded, strict=True)
+        ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def read(self, i: int) -> dict[str, bytes]:
@@ -215,7 +229,7 @@ class Corpus:
         """Keep samples of `min_length` or more; the counts of those left out."""
         num_empty, num_short = 0, 0
         for shard, index in enumerate(self.indexes):
-            column = _column(index, name)
+            column = _used_column(self.indexes, self._excluded, name, shard)
             rows = np.flatnonzero(column < max(min_length, 1)).astype(np.uint32)
             empty, without = int((column == 0).sum()), self._left_out[shard]
             if without is not None:  # those have length 0 too
@@ -226,7 +240,7 @@ class Corpus:
             self._left_out[shard] = rows if len(rows) else None
         self._count()
         rows_of = np.array([index.num_samples for index in self.indexes])
-        load = functools.partial(_load_lengths, self.indexes, name)
+        load = functools.partial(_used_column, self.indexes, self._excluded, name)
         self._lengths = Lengths(load, rows_of, self._left_out, max(min_length, 1))
         return {"empty or unreadable": num_empty, f"below {min_length} {name}": num_short}
 
@@ -257,8 +271,23 @@ def _without(index: ShardIndex, fields: Fields) -> np.ndarray | None:
     return np.setdiff1d(np.arange(index.num_samples, dtype=np.uint32), kept, assume_unique=True)
 
 
-def _load_lengths(indexes: list[ShardIndex], name: str, shard: int) -> np.ndarray:
-    return _column(indexes[shard], name)
+def _join(without: np.ndarray | None, excluded: np.ndarray | None) -> np.ndarray | None:
+    """Both lists of rows as one, ascending; None if both are."""
+    if without is None or excluded is None:
+        return excluded if without is None else without
+    return np.union1d(without, excluded)
+
+
+def _used_column(
+    indexes: list[ShardIndex], excluded: list[np.ndarray | None], name: str, shard: int
+) -> np.ndarray:
+    """A column of a shard, mmapped; where samples are excluded a copy with 0 for them."""
+    column, rows = _column(indexes[shard], name), excluded[shard]
+    if rows is None:
+        return column
+    column = column.copy()
+    column[rows] = 0
+    return column
 
 
 def _column(index: ShardIndex, name: str) -> np.ndarray:

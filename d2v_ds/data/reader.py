@@ -2,6 +2,7 @@
 
 import bisect
 import fcntl
+import functools
 import io
 import json
 import os
@@ -93,7 +94,7 @@ class ShardReader:
 
     def key(self, sample: int) -> str:
         """The sample's key, from its header in the tar: keys are wanted only for messages, so not indexed."""
-        offset = int(self.index.offsets()[sample])
+        offset = int(self._offsets[sample])
         first_row = self._rows(sample)[0]
         headers = self._pread(first_row[2] - offset, offset)
         try:
@@ -103,6 +104,10 @@ class ShardReader:
             first = None
         name = split_name(first.name) if first else None
         return name[0] if name else f"sample {sample}"
+
+    @functools.cached_property
+    def _offsets(self) -> np.ndarray:
+        return self.index.offsets()
 
     def _pread(self, size: int, offset: int) -> bytes:
         if self.index.remote is None:

@@ -91,7 +91,9 @@ class ShardItems:
         self.fingerprint = self.corpus.fingerprint
         self.words = f"{len(self.corpus)} samples in {len(paths)} shards"
         if self.corpus.skipped:
-            self.words += f" ({self.corpus.skipped} more have no {samples.fields[self.parts[0]]})"
+            self.words += (
+                f" ({self.corpus.skipped} more have no {samples.fields[self.parts[0]]}, or are excluded)"
+            )
 
     def __len__(self) -> int:
         return len(self.corpus)

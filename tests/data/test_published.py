@@ -87,6 +87,72 @@ def test_an_index_of_another_tool_that_differs_stays_and_is_not_used(tmp_path, c
     assert [record.getMessage().partition(" names ")[0] for record in caplog.records] == [str(first)]
 
 
+def exclude(root: Path, *entries: str) -> None:
+    file = root / ".nv-meta/split.yaml"
+    file.write_text(file.read_text().replace("exclude: []", f"exclude: {json.dumps(entries)}"))
+
+
+def test_what_energon_excludes_is_left_out_of_training_and_of_explicit_shards(tmp_path, caplog):
+    """Samples and whole shards, with braces, twice; by every name of the shards; told, and part of the fingerprint."""
+    whole = found(energon(tmp_path / "whole"), "jpg")
+    root = energon(tmp_path / "data", shards=4)
+    exclude(
+        root, "shards/shard_000.tar/00000{1,4}", "shards/shard_000.tar/000001", "shards/shard_00{1..1}.tar"
+    )
+    corpus = found(root, "jpg")
+    kept = ["shard_000.tar:00000" + i for i in "0235"] + [f"shard_002.tar:{200 + i:06d}" for i in range(6)]
+    assert [corpus.key(i) for i in range(len(corpus))] == kept
+    assert [corpus.read(i)["field"] for i in range(4)] == [whole.read(i)["field"] for i in (0, 2, 3, 5)]
+    assert "2 of 12 samples of" in caplog.text and "2 excluded by .nv-meta/split.yaml" in caplog.text
+    for data in (root / "shards/shard_00[0-2].tar", f"{root}/shards/shard_{{000..002}}.tar"):
+        named = found(data, "jpg")
+        assert [named.key(i) for i in range(len(named))] == kept
+        assert named.skipped == 8
+    measured = Corpus.open(
+        expand_shards(f"{root}/shards/shard_000.tar"),
+        {"f": "txt"},
+        lambda sample: len(sample["f"]),
+        "n",
+        workers=1,
+    )
+    texts = [len(measured.read(i)["f"]) for i in range(4)]
+    assert measured.lengths.all().tolist() == texts == [measured.lengths.of_unit(i) for i in range(4)]
+    assert measured.lengths.total(range(1)) == sum(texts)
+    before = corpus.fingerprint
+    exclude_none = (root / ".nv-meta/split.yaml").read_text().replace("00000{1,4}", "00000{1,3}")
+    (root / ".nv-meta/split.yaml").write_text(exclude_none)
+    assert found(root, "jpg").fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("shards/shard_000.tar/000001.jpg", "'000001.jpg' for one; its first is '000000'"),
+        ("shards/shard_000.tar/1", "excludes 1 samples that .*shard_000.tar does not have"),
+        ("shard_000.tar/000001", "excludes 'shard_000.tar', or .* as 'shards/shard_000.tar'"),
+        ("000001", "excludes '000001', which is neither a shard"),
+        (1, "exclude is .*, no list of names"),
+        ("shards/shard_00{0..1}.tar", "excludes all 2 shards of its part `train`"),
+    ],
+)
+def test_an_exclude_list_that_is_not_understood_is_an_error_that_names_the_file(entry, message, tmp_path):
+    root = energon(tmp_path)
+    exclude(root, entry)
+    with pytest.raises(ValueError, match=message) as error:
+        found(root, "jpg")
+    assert str(root / ".nv-meta/split.yaml") in str(error.value)
+
+
+def test_a_split_that_cannot_be_read_is_an_error(tmp_path):
+    """Else excluded samples would be trained on, and those for validation."""
+    root = energon(tmp_path)
+    (root / ".nv-meta/split.yaml").write_text("exclude: [unclosed\nsplit_parts: {")
+    with pytest.raises(ValueError, match="split.yaml cannot be read, so what it excludes is not known"):
+        found(root, "jpg")
+    with pytest.raises(ValueError, match="split.yaml cannot be read"):
+        found(root / "shards", "jpg")
+
+
 def test_what_lies_beside_shards_and_samples_is_passed_over(tmp_path):
     """README, hidden files of macOS, folders inside the tar, upper-case endings, samples of another kind."""
     root = wenet(tmp_path / "two kinds")
