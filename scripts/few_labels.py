@@ -57,8 +57,8 @@ PRETRAIN = {
     "audio": ["train.steps=800"],
     "text": ["train.steps=1200", "ema.anneal_steps=720"],
 }
-"""On top of image_tiny, audio_tiny and text_tiny: what some minutes of one core buy. A teacher of speech that stays fast
-for longer loses what differs between samples (docs/experiments.md)."""
+"""On top of image_tiny, audio_tiny and text_tiny: what some minutes of one core buy. A teacher of speech that stays
+fast for longer loses what differs between samples (docs/experiments.md)."""
 JOINT_STEPS = 1000
 """A step has one micro-batch of each modality, as the separate runs' steps have of one."""
 TUNE_STEPS = {
