@@ -32,6 +32,7 @@ setup(
         "torchaudio==2.11.0",
         "deepspeed==0.19.8",
         "webdataset>=1.0.2,<1.1",
+        "isal>=1.7; platform_machine in 'x86_64 aarch64'",  # crc32
         "sentencepiece>=0.2",
         "tokenizers>=0.20",  # byte-level BPE of released text models
         "tensorboard>=2.15",

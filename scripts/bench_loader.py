@@ -4,9 +4,10 @@
 
 Every number is a process of its own that reads what the others read, one reader after another, round after round;
 medians of --rounds, with the range. Shards lie in the page cache. CPU time is that of the process. `bytes`: samples
-of 5 kB, not decoded. `jpeg`, `flac`: whole batches as a run has them, beside the decoder alone: the same files from
-memory through the same decoding, cropping and normalising, without index, plan, batch or loader. `start`: from the
-first line of a program that has imported everything to its first batch, with two workers.
+of 5 kB, not decoded; `raw` reads the files in pieces of 1 MiB, `pread` one sample after another in a shuffled order,
+at offsets that it knows, and looks at nothing. `jpeg`, `flac`: whole batches as a run has them, beside the decoder
+alone: the same files from memory through the same decoding, cropping and normalising, without index, plan, batch or
+loader. `start`: from the first line of a program that has imported everything to its first batch, with two workers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import io
 import json
 import os
 import platform
+import random
 import resource
 import statistics
 import subprocess
@@ -32,14 +34,14 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from d2v_ds.data import Corpus, Draw, Plan, Source, StepLoader
+from d2v_ds.data import Corpus, Draw, Plan, Source, StepLoader, ensure_index
 from d2v_ds.modalities import config_class, samples_class
 from d2v_ds.modalities.source import open_source
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = {"bytes": 40_000, "jpeg": 1_500, "flac": 600}
 READERS = {
-    "bytes": ("raw", "webdataset", "d2v_ds"),
+    "bytes": ("raw", "pread", "webdataset", "d2v_ds"),
     "jpeg": ("decoder", "d2v_ds"),
     "flac": ("decoder", "d2v_ds"),
     "start": ("d2v_ds",),
@@ -150,6 +152,9 @@ def read(reader: str, kind: str, folder: Path) -> dict[str, float]:
     if reader == "raw":
         paths = sorted(folder.glob(f"{kind}-*.tar"))
         work = lambda: sum(consume(path) for path in paths) and SAMPLES[kind]  # noqa: E731
+    elif reader == "pread":
+        spans = shuffled_spans(sorted(folder.glob(f"{kind}-*.tar")))
+        work = lambda: sum(1 for file, size, offset in spans if os.pread(file, size, offset))  # noqa: E731
     elif reader == "webdataset":
         stream = wds.WebDataset([str(p) for p in sorted(folder.glob(f"{kind}-*.tar"))], shardshuffle=False)
         work = lambda: sum(1 for _ in stream)  # noqa: E731
@@ -187,6 +192,16 @@ def consume(path: Path) -> int:
         while piece := file.read(1 << 20):
             total += len(piece)
     return total
+
+
+def shuffled_spans(paths: list[Path]) -> list[tuple[int, int, int]]:
+    """(open file, size, offset) of every member."""
+    spans = []
+    for path in paths:
+        file, members = os.open(path, os.O_RDONLY), ensure_index([path], progress=None)[0].members()
+        spans += [(file, int(row["size"]), int(row["offset"])) for row in members]
+    random.Random(0).shuffle(spans)
+    return spans
 
 
 def time_start(folder: Path) -> dict[str, float]:

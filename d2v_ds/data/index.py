@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -116,8 +116,7 @@ class Corpus:
             _join(_without(index, fields), rows) for index, rows in zip(indexes, self._excluded, strict=True)
         ]
         self._lengths: Lengths | None = None
-        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
-        self._pid = os.getpid()
+        self._readers: dict[int, ShardReader] = {}  # the one opened first comes first
         self._count()
 
     @classmethod
@@ -195,21 +194,19 @@ class Corpus:
         return reader.corrupt(sample, reason)
 
     def _locate(self, i: int) -> tuple[ShardReader, int]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of a corpus of {len(self)}")
-        shard = bisect.bisect_right(self._starts, i) - 1  # of a list: np.searchsorted takes ten times as long
-        position = i - self._starts[shard]
-        return self._reader(shard), stored_row(position, self._left_out[shard])
+        starts = self._starts
+        if not 0 <= i < starts[-1]:
+            raise IndexError(f"sample {i} of a corpus of {starts[-1]}")
+        shard = bisect.bisect_right(starts, i) - 1  # of a list: np.searchsorted takes ten times as long
+        return self._reader(shard), stored_row(i - starts[shard], self._left_out[shard])
 
     def _reader(self, shard: int) -> ShardReader:
-        if self._pid != os.getpid():  # a forked worker opens its own files
-            self._readers, self._pid = OrderedDict(), os.getpid()
-        if shard not in self._readers:
+        reader = self._readers.get(shard)
+        if reader is None:
             if len(self._readers) >= MAX_OPEN_SHARDS:
-                self._readers.popitem(last=False)[1].close()
-            self._readers[shard] = ShardReader(self.indexes[shard], self.fields)
-        self._readers.move_to_end(shard)
-        return self._readers[shard]
+                self._readers.pop(next(iter(self._readers))).close()
+            reader = self._readers[shard] = ShardReader(self.indexes[shard], self.fields)
+        return reader
 
     def _count(self) -> None:
         counts = [

@@ -311,10 +311,16 @@ class _MicroBatches(Dataset):
     def __getitem__(self, item: Item) -> MicroBatch:
         step, name, index = item
         source, faults = self.sources[name], []
-        draws = self.plan.draws(step, name, index)
-        pairs = [_read(source, self.plan, draw, step, faults) for draw in draws]
-        batch = source.samples.collate([decoded for decoded, _ in pairs], [draw for _, draw in pairs])
-        return MicroBatch(name, step, index, batch, faults)
+        samples, corpus = source.samples, source.corpus
+        draws, decoded = self.plan.draws(step, name, index), []
+        for place, draw in enumerate(draws):
+            try:
+                decoded.append(samples.read(corpus, draw.unit))
+            except ValueError as error:
+                faults.append(_fault(source, draw.unit, error, step))
+                unit, draws[place] = _replace(source, self.plan, draw, step, faults)
+                decoded.append(unit)
+        return MicroBatch(name, step, index, samples.collate(decoded, draws), faults)
 
 
 class _Items(Sampler):
@@ -329,15 +335,14 @@ class _Items(Sampler):
                 yield step, name, index
 
 
-def _read(source: Source, plan: Plan, draw: Draw, step: int, faults: list[Fault]) -> tuple[Any, Draw]:
-    """The unit of a draw, or of the first replacement that can be read, with the draw that was used."""
-    wanted = draw
-    for attempt in range(1, MAX_ATTEMPTS + 2):
+def _replace(source: Source, plan: Plan, wanted: Draw, step: int, faults: list[Fault]) -> tuple[Any, Draw]:
+    """The first replacement of a draw that can be read, and its draw."""
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        draw = plan.replacement(wanted, source.name, attempt)
         try:
             return source.samples.read(source.corpus, draw.unit), draw
         except ValueError as error:
             faults.append(_fault(source, draw.unit, error, step))
-        draw = plan.replacement(wanted, source.name, attempt)
     raise DataError(
         f"{source.name}: {faults[-1].key} and {MAX_ATTEMPTS} units before it could not be used "
         f"({faults[-1].reason}); verify the shards and the fields that are read"

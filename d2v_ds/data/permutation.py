@@ -8,6 +8,7 @@ import functools
 import hashlib
 import math
 import operator
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -18,15 +19,18 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 def seed_of(*parts: int | str) -> int:
     """A 63-bit seed that depends on all parts and on nothing else, the same in every process and version."""
-    return seed_from(b"".join(map(encode, parts)))
+    digest = hashlib.blake2b(b"".join(map(_encode, parts)), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
-def seed_from(encoded: bytes) -> int:
-    """Of parts that are encoded already."""
-    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little") >> 1
+def seeds_of_each(parts: Iterable[int | str], last: Iterable[int]) -> list[int]:
+    """[seed_of(*parts, i) for i in last], in half the time."""
+    before = b"".join(map(_encode, parts))
+    digests = [hashlib.blake2b(b"%bi%d;" % (before, i), digest_size=8).digest() for i in last]
+    return (np.frombuffer(b"".join(digests), dtype="<u8") >> np.uint64(1)).tolist()
 
 
-def encode(part: int | str) -> bytes:
+def _encode(part: int | str) -> bytes:
     """Parts in a row are told apart."""
     if isinstance(part, str):
         text = part.encode()
@@ -62,7 +66,7 @@ def _stretch(number: int, size: int, key: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _round_keys(key: int) -> np.ndarray:
-    digest = hashlib.blake2b(encode(key), digest_size=8 * _ROUNDS).digest()
+    digest = hashlib.blake2b(_encode(key), digest_size=8 * _ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
 

@@ -10,11 +10,12 @@ with the same counts. Changing what these functions return changes every run: te
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from d2v_ds.data.buckets import Buckets
-from d2v_ds.data.permutation import encode, permute, permuted, seed_from, seed_of
+from d2v_ds.data.permutation import permute, permuted, seed_of, seeds_of_each
 from d2v_ds.data.windows import Windows
 
 
@@ -81,8 +82,7 @@ class Stream:
         return next(share for share in reversed(self.shares) if unit >= share.first)
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """One unit in one epoch."""
 
     unit: int
@@ -262,8 +262,8 @@ class Plan:
 
     def _draws(self, stream_name: str, epoch: int, units: list[int]) -> list[Draw]:
         """Each with seed_of(seed, "draw", stream, epoch, unit)."""
-        before = b"".join(map(encode, (self.seed, "draw", stream_name, epoch)))
-        return [Draw(unit, epoch, seed_from(before + encode(unit))) for unit in units]
+        seeds = seeds_of_each((self.seed, "draw", stream_name, epoch), units)
+        return [Draw(unit, epoch, seed) for unit, seed in zip(units, seeds, strict=True)]
 
 
 def deal(weights: Mapping[str, float], total: int) -> dict[str, int]:

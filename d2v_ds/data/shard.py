@@ -14,7 +14,6 @@ import logging
 import mmap
 import os
 import uuid
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 
 from d2v_ds.data.cache import RemoteShard, acquire, fetch_beside, remote_size
-from d2v_ds.data.scan import MEMBER, scan_tar
+from d2v_ds.data.scan import MEMBER, crc32_of, scan_tar
 
 VERSION = 1
 
@@ -63,7 +62,7 @@ class ShardIndex:
             wrong = [
                 row["sample"]
                 for row in self.members()
-                if zlib.crc32(os.pread(file.fileno(), int(row["size"]), int(row["offset"]))) != row["crc32"]
+                if crc32_of(os.pread(file.fileno(), int(row["size"]), int(row["offset"]))) != row["crc32"]
             ]
         if not wrong:
             return None
@@ -310,7 +309,7 @@ def _is_fresh(path: Path, record: dict) -> bool:
 
 def _header_crc32(path: Path, offset: int) -> int:
     with path.open("rb", buffering=0) as file:
-        return zlib.crc32(os.pread(file.fileno(), 512, offset))
+        return crc32_of(os.pread(file.fileno(), 512, offset))
 
 
 def _size_of(file: Path) -> int:

@@ -414,6 +414,21 @@ def test_a_process_forked_inside_a_lock_does_not_keep_it(tmp_path):
     child.join()
 
 
+def test_a_forked_child_reads_a_cached_shard_with_a_lock_of_its_own(site, tmp_path):
+    """What the child unlocks, its parent still holds."""
+    with serve(site) as url:
+        corpus = open_corpus(f"{url}/train-000000.tar", settings_of(tmp_path))
+        expected = corpus.read(1)
+        file = corpus._readers[0]._file
+        fcntl.flock(file, fcntl.LOCK_SH)  # as in the middle of a read
+        child = os.fork()
+        if not child:
+            os._exit(int(corpus.read(1) != expected))
+        assert os.waitpid(child, 0)[1] == 0
+        with open(file.name, "rb") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_what_a_killed_process_leaves_is_taken_over(site, tmp_path):
     """Its half of a file is removed and counts no more; its lock is free."""
     site.seconds_per_piece = 0.2

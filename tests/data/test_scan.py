@@ -2,6 +2,7 @@
 
 import gzip
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +10,19 @@ import pytest
 from tars import write_tar
 
 from d2v_ds.data import build_index
+from d2v_ds.data.scan import crc32_of
 
 Writer = Callable[..., list[Path]]
 
 
 def content_end(path: Path) -> int:
     return int(build_index(path).offsets()[-1])
+
+
+def test_checksums_are_zlibs() -> None:
+    content = bytes(range(256)) * 41
+    assert all(crc32_of(content[:n]) == zlib.crc32(content[:n]) for n in (0, 1, 15, 16, 4_099, len(content)))
+    assert crc32_of(content, crc32_of(b"before")) == zlib.crc32(b"before" + content)
 
 
 def test_truncation_at_any_byte_is_an_error(write_shards: Writer) -> None:
