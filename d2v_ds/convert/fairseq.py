@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -16,6 +17,8 @@ from d2v_ds.model.layers import Body
 from d2v_ds.model.loss import Loss
 from d2v_ds.model.masking import Mask
 from d2v_ds.model.targets import Target
+
+log = logging.getLogger(__name__)
 
 MAX_SPEC = 1000
 # one set of pairs a modality; MOD stands for its name in upper case, mod for ours
@@ -147,10 +150,23 @@ def refuse(cfg: dict[str, Any], **only: Any) -> None:
             )
 
 
+def tell_unused(cfg: dict[str, Any], **only: Any) -> None:
+    """Warns of a setting that changes what further pre-training does, and no features, and that we do not have."""
+    for key, value in only.items():
+        if key in cfg and cfg[key] != value:
+            log.warning(
+                "fairseq setting %s=%s is not used: further pre-training goes on with %r; features are the same",
+                key,
+                shown(cfg[key]),
+                value,
+            )
+
+
 def modality_config(name: str, cfg: dict[str, Any], modality: dict[str, Any]) -> ModalityConfig:
     decoder = modality["decoder"]
     refuse(decoder, add_positions_masked=False, add_positions_all=False)
     refuse(modality, **ONLY[name])
+    tell_unused(modality, local_grad_mult=1.0, encoder_zero_mask=True)
     if modality.get("embed_dim", cfg["embed_dim"]) != cfg["embed_dim"]:
         raise ValueError(
             f"fairseq setting modalities.image.embed_dim={modality['embed_dim']} differs from embed_dim="

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from d2v_ds.convert.fairseq import drawn, parse_conv_layers, refuse, target_config
+from d2v_ds.convert.fairseq import drawn, parse_conv_layers, refuse, target_config, tell_unused
 from d2v_ds.convert.fairseq_defaults import merged
 from d2v_ds.convert.names import Names, Place, fuse
 from d2v_ds.modalities import config_class
@@ -138,6 +138,7 @@ def audio_config(cfg: dict[str, Any]) -> tuple[Body, dict[str, ModalityConfig]]:
         ema_transformer_only=True,
         group_norm_target_layer=False,
     )
+    tell_unused(cfg, feature_grad_mult=1.0)
     if cfg["pos_conv_depth"] < 2:
         raise ValueError(
             f"pos_conv_depth={cfg['pos_conv_depth']} is one weight-normed convolution as in wav2vec 2.0; "

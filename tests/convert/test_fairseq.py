@@ -128,6 +128,19 @@ def test_the_configuration_inside_the_file_decides() -> None:
     assert stored.origin == "fairseq data2vec_multi" and not recipe.fairseq_compat
 
 
+def test_a_setting_that_has_no_effect_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """It is of pre-training alone."""
+    from_dict(pretrained("audio_cb4"))
+    assert not caplog.messages
+    checkpoint = pretrained("audio_cb4")
+    checkpoint["cfg"]["model"]["modalities"]["audio"] |= {"local_grad_mult": 0.1, "encoder_zero_mask": False}
+    from_dict(checkpoint)
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        "fairseq setting local_grad_mult=0.1 is not used",
+        "fairseq setting encoder_zero_mask=False is not used",
+    ]
+
+
 @pytest.mark.parametrize(
     ("schedule", "phases"),
     [
