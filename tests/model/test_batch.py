@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
@@ -37,3 +39,22 @@ def test_only_sound_and_pictures_take_the_dtype() -> None:
     assert sound.source.dtype == torch.bfloat16 and text.source.dtype == torch.long
     assert sound.mask_NT.dtype == torch.bool and sound.keep_NK.dtype == torch.long
     assert (sound.clones, sound.layerdrop_seed, sound.padding_BT) == (2, 3, None)
+
+
+def test_a_batch_goes_to_another_process_as_one_tensor() -> None:
+    mask_NT = torch.tensor([[True, False, True], [False, True, True]])
+    batch = Batch(
+        "audio",
+        torch.randn(2, 5),
+        padding_BT=torch.tensor([[False, False, True]] * 2),
+        labels=torch.empty(2, 0, dtype=torch.int64),
+        layerdrop_seed=7,
+        **make_views(mask_NT),
+    )
+    copied = pickle.loads(pickle.dumps(batch))
+    assert copied.tensors().keys() == batch.tensors().keys()
+    for name, tensor in batch.tensors().items():
+        assert copied.tensors()[name].dtype == tensor.dtype and torch.equal(copied.tensors()[name], tensor)
+    assert (copied.modality, copied.layerdrop_seed, copied.keep_NK.is_contiguous()) == ("audio", 7, True)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in copied.tensors().values() if tensor.numel()}
+    assert len(storages) == 1
