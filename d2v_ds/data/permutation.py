@@ -8,7 +8,7 @@ import functools
 import hashlib
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,11 +23,15 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def seeds_of_each(parts: Iterable[int | str], last: Iterable[int]) -> list[int]:
-    """[seed_of(*parts, i) for i in last], in half the time."""
-    before = b"".join(map(_encode, parts))
-    digests = [hashlib.blake2b(b"%bi%d;" % (before, i), digest_size=8).digest() for i in last]
-    return (np.frombuffer(b"".join(digests), dtype="<u8") >> np.uint64(1)).tolist()
+def seeds_of_each(key: int, numbers: Sequence[int]) -> list[int]:
+    """A 63-bit seed for each number, counted from 0: that output of SplitMix64 started at `key`, without its last bit.
+
+    Steele, Lea and Flood 2014, https://doi.org/10.1145/2660193.2660195. A tenth of the time that `seed_of` takes.
+    """
+    mixed = np.uint64(key) + (np.array(numbers, dtype=np.uint64) + np.uint64(1)) * _MULTIPLIER
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(1)).tolist()
 
 
 def _encode(part: int | str) -> bytes:

@@ -10,6 +10,7 @@ with the same counts. Changing what these functions return changes every run: te
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -261,9 +262,8 @@ class Plan:
         return epoch, [buckets.unit(bucket, rank) for rank in ranks.tolist()]
 
     def _draws(self, stream_name: str, epoch: int, units: list[int]) -> list[Draw]:
-        """Each with seed_of(seed, "draw", stream, epoch, unit)."""
-        seeds = seeds_of_each((self.seed, "draw", stream_name, epoch), units)
-        return [Draw(unit, epoch, seed) for unit, seed in zip(units, seeds, strict=True)]
+        seeds = seeds_of_each(seed_of(self.seed, "draw", stream_name, epoch), units)
+        return [*map(Draw._make, zip(units, repeat(epoch), seeds, strict=False))]
 
 
 def deal(weights: Mapping[str, float], total: int) -> dict[str, int]:

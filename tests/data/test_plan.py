@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 
 from d2v_ds.data import Draw, Plan, Share, Stream, deal, permute, seed_of
+from d2v_ds.data.permutation import seeds_of_each
 
 STREAMS = [Stream("image", 101, 5, 12), Stream("audio", 7, 3, 24), Stream("text", 64, 2, 12)]
 
 KNOWN_SEEDS = [3877483726552662742, 273807883859380193]
+SPLITMIX = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+"""The first outputs of SplitMix64 from 1234567, as other implementations give them"""
 KNOWN_ORDER = [1, 8, 4, 6, 2, 7, 9, 0, 5, 3]
 KNOWN_DRAWS = [
-    Draw(5, 93, 8282884428852235125),
-    Draw(0, 93, 5048983875005884376),
-    Draw(2, 93, 4196636705958403792),
+    Draw(5, 93, 2076893300790286870),
+    Draw(0, 93, 98063011978448542),
+    Draw(2, 93, 4770833080924865749),
 ]
 
 KNOWN_CORPORA = ["text/c", "text/c", "text/a", "text/a", "text/a", "text/a"]
@@ -29,6 +32,12 @@ def test_seeds_and_permutations_have_known_values() -> None:
     assert permute(np.arange(10), 10, 1234).tolist() == KNOWN_ORDER
     assert Plan(1, STREAMS).draws(9, "audio", 2) == KNOWN_DRAWS
     assert Plan(1, STREAMS).order(3) == ["text", "image", "audio"]
+
+
+def test_the_seed_of_each_number_is_an_output_of_splitmix64() -> None:
+    assert seeds_of_each(1234567, [2, 0, 1]) == [SPLITMIX[i] >> 1 for i in (2, 0, 1)]
+    many = seeds_of_each(2**63 - 1, range(100_000, 200_000))
+    assert len(set(many)) == 100_000 and max(many) < 2**63
 
 
 def test_seeds_tell_parts_apart() -> None:
