@@ -155,12 +155,13 @@ def build_two_rank_run(base: Path) -> Path:
 def interrupted(run: Path, out: Path) -> Path:
     """What a crash while saving the last step leaves: the checkpoint before, and later rows, wrong ones."""
     shutil.copytree(run, out, ignore=shutil.ignore_patterns(f"step_{STEPS:08d}", "losses.png"))
-    (out / "latest").write_text(f"step_{HALF:08d}", encoding="utf-8")
+    newest = max(out.glob("step_*")).name  # that of HALF, or a later one that is kept for its score
+    (out / "latest").write_text(newest, encoding="utf-8")
     (out / f".tmp-step_{STEPS:08d}").mkdir()
     (out / f".tmp-step_{STEPS:08d}" / "rank_00000.safetensors").write_bytes(b"half a file")
     for name in ("metrics.jsonl", "health.jsonl"):
         kept = [
-            row if row["step"] <= HALF else dict.fromkeys(row, -1.0) | {"step": row["step"]}
+            row if row["step"] <= int(newest[5:]) else dict.fromkeys(row, -1.0) | {"step": row["step"]}
             for row in read_rows(run, name)
         ]
         lines = [json.dumps(row) for row in kept]

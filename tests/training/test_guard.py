@@ -97,7 +97,7 @@ def test_wrong_settings_are_errors(wrong: str) -> None:
 LIVE = [
     "train.py", "--deepspeed", "zero0", "--recipe", "audio_tiny", f"data={SAMPLE}", "modalities.audio.teacher=context",
     "modalities.audio.target.top_k=3", "modalities.audio.data.max_seconds=0.65", "modalities.audio.data.batch=8",
-    "modalities.audio.clones=2", "body.depth=3", "optim.lr=3e-3", "optim.warmup_steps=25", "ema.start=0.98",
+    "modalities.audio.clones=2", "body.depth=3", "optim.lr=5e-3", "optim.warmup_steps=25", "ema.start=0.98",
     "ema.end=0.999", "ema.anneal_steps=150", "train.steps=60", "train.log_every=5", "train.save_every=5",
     "train.workers=0", "train.keep_checkpoints=1",
 ]  # fmt: skip
@@ -121,7 +121,7 @@ def test_speech_that_collapses_is_stopped_with_its_name(tmp_path: Path) -> None:
 def test_a_run_goes_back_and_on_more_slowly(stage: int, tmp_path: Path) -> None:
     """And is to the bit the run that starts from the checkpoint it went back to; from stage 1 on with two ranks."""
     out = tmp_path / "run"
-    settings = [*LIVE, "health.on_collapse=rollback", "health.max_rollbacks=1", "health.rollback_lr=0.25"]
+    settings = [*LIVE, "health.on_collapse=rollback", "health.max_rollbacks=1", "health.rollback_lr=0.1"]
     settings += ["train.keep_checkpoints=20"]
     settings[2] = f"zero{stage}"
     if stage:
@@ -130,7 +130,7 @@ def test_a_run_goes_back_and_on_more_slowly(stage: int, tmp_path: Path) -> None:
     done = start(command(*settings, f"out={out}"))
     loop = json.loads((out / "step_00000060" / "loop.json").read_text())
     back = loop["rollbacks"][0]
-    assert back["to"] < back["from"] <= 60 and loop["lr_scale"] == 0.25
+    assert back["to"] < back["from"] <= 60 and loop["lr_scale"] == 0.1
     assert f"going back from step {back['from']} to {back['to']}" in done.stdout
     assert [row["step"] for row in read_rows(out)] == [1, *range(5, 61, 5)]
     shutil.copytree(out, tmp_path / "again")
