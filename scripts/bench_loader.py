@@ -3,11 +3,12 @@
     python scripts/bench_loader.py            # writes docs/benchmarks/loader.md and .json, in under 8 minutes
 
 Every number is a process of its own that reads what the others read, one reader after another, round after round;
-medians of --rounds, with the range. Shards lie in the page cache. CPU time is that of the process. `bytes`: samples
-of 5 kB, not decoded; `raw` reads the files in pieces of 1 MiB, `pread` one sample after another in a shuffled order,
-at offsets that it knows, and looks at nothing. `jpeg`, `flac`: whole batches as a run has them, beside the decoder
-alone: the same files from memory through the same decoding, cropping and normalising, without index, plan, batch or
-loader. `start`: from the first line of a program that has imported everything to its first batch, with two workers.
+medians of --rounds, with the range. Shards lie in the page cache. CPU time is that of the process, which keeps freed
+memory as data workers do. `bytes`: samples of 5 kB, not decoded; `raw` reads the files in pieces of 1 MiB, `pread`
+one sample after another in a shuffled order, at offsets that it knows, and looks at nothing. `jpeg`, `flac`: whole
+batches as a run has them, beside the decoder alone: the same files from memory through the same decoding, cropping
+and normalising, without index, plan, batch or loader. `start`: from the first line of a program that has imported
+everything to its first batch, with two workers.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import webdataset as wds
 from PIL import Image
 
 from d2v_ds.data import Corpus, Draw, Plan, Source, StepLoader, ensure_index
+from d2v_ds.data.memory import keep_memory
 from d2v_ds.modalities import config_class, samples_class
 from d2v_ds.modalities.source import open_source
 
@@ -277,6 +279,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.one:
+        keep_memory()  # as data workers do
         reader, kind, folder = arguments.one
         print(json.dumps(time_start(Path(folder)) if kind == "start" else read(reader, kind, Path(folder))))
         return

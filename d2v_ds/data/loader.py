@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from d2v_ds.data.buckets import Buckets
 from d2v_ds.data.index import Corpus, CorruptSample
+from d2v_ds.data.memory import keep_memory
 from d2v_ds.data.plan import Draw, Plan, Share, Stream
 from d2v_ds.data.prefetch import Prefetcher, Shelf
 
@@ -376,4 +377,5 @@ def _init_worker(leaving: Any, _: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.is_set() else None)
     torch.set_num_threads(1)
+    keep_memory()
     gc.freeze()  # a collection over all of torch's objects took 60-80 ms

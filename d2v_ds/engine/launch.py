@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
-import ctypes
 import functools
 import logging
 import os
@@ -20,7 +18,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+from d2v_ds.data.memory import keep_memory
 
 
 def prepare_environment() -> tuple[int, int]:
@@ -147,15 +145,6 @@ def share_cores(world: int) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-
-
-def keep_memory() -> None:
-    """On a CPU, memory that a step frees stays with the process for the next one: what the system takes back it must
-    clear again, page by page, which took a fifth of a step's time on a virtual machine. glibc only."""
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest that glibc takes; larger tensors come and go as before
 
 
 def quiet() -> None:
