@@ -20,11 +20,12 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 
+from d2v_ds.data import energon
 from d2v_ds.data.cache import RemoteShard
-from d2v_ds.data.excluded import excluded_rows
+from d2v_ds.data.folders import LocalFolder
 from d2v_ds.data.lengths import Lengths, stored_row
 from d2v_ds.data.parallel import Progress, map_shards
-from d2v_ds.data.published import ENERGON_SPLIT, differences, missing_shards, rows_of
+from d2v_ds.data.published import differences, missing_shards, published_in, rows_of
 from d2v_ds.data.reader import CorruptSample, Fields, ShardReader, parse_fields, samples_with
 from d2v_ds.data.remote import expand_url, is_url, settings
 from d2v_ds.data.shard import (
@@ -95,7 +96,8 @@ def ensure_index(
 def _index_shard(shard: Shard, then: Callable[[ShardIndex], None] | None) -> ShardIndex:
     if not isinstance(shard, RemoteShard):
         index = build_index(shard)
-        for difference in differences(rows_of(shard), index.num_samples):
+        said = published_in(LocalFolder(shard.absolute().parent))
+        for difference in differences(rows_of(shard, said), index.num_samples):
             log.warning("%s: %s; `d2v verify` reads every byte of it", shard, difference)
         return index
     index = index_remote(shard)
@@ -111,7 +113,7 @@ class Corpus:
         self.indexes = indexes
         self.fields = fields
         self.skipped = 0
-        self._excluded = excluded_rows(indexes, workers)
+        self._excluded = energon.excluded_rows(indexes, workers)
         self._left_out = [
             _join(_without(index, fields), rows) for index, rows in zip(indexes, self._excluded, strict=True)
         ]
@@ -146,7 +148,7 @@ class Corpus:
         total = sum(index.num_samples for index in corpus.indexes)
         excluded = sum(len(rows) for rows in corpus._excluded if rows is not None)
         reasons = {
-            f"excluded by {ENERGON_SPLIT}": excluded,
+            f"excluded by {energon.SPLIT}": excluded,
             f"without {' or '.join(map(repr, fields.values()))}": total - len(corpus) - excluded,
         }
         if not len(corpus):

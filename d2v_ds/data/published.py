@@ -1,37 +1,30 @@
-"""What do other tools say about the shards of a folder: how many samples each holds, and which are to train on?
+"""What do other tools say about the shards of a folder: how many samples does each hold?
 
 timm's `_info.json`, our own `manifest.json`, img2dataset's `<shard>_stats.json` and `<shard>.parquet`, and
-Megatron-Energon's `.nv-meta` (`.info.json` or `.info.yaml`: counts; `split.yaml`: parts, and what is excluded). What is
-there is compared with what is found; what is not understood is another tool's, and left alone, but for `split.yaml`:
-who cannot read what it excludes must not train on it.
+Megatron-Energon's `.nv-meta/.info.json` or `.info.yaml`. What is there is compared with what is found; what is not
+understood is another tool's, and left alone.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import braceexpand
 import yaml
+
+from d2v_ds.data.cache import RemoteShard
+from d2v_ds.data.energon import roots
+from d2v_ds.data.folders import Folder, LocalFolder
 
 Published = dict[str, list[dict[str, Any]]]
 """name of a shard -> what was published of it: `source`, and some of `samples`, `size`, `sha256`"""
+Said = list[tuple[Folder, Published]]
+"""What each of some folders says of the shards in and below it"""
 Read = Callable[[str], bytes | None]
-"""The content of a file by its path inside the folder; None if there is none."""
 
 ENERGON_INFO = (".nv-meta/.info.json", ".nv-meta/.info.yaml")
-ENERGON_SPLIT = ".nv-meta/split.yaml"
-
-
-def read_local(folder: Path) -> Read:
-    def read(name: str) -> bytes | None:
-        file = folder / name
-        return file.read_bytes() if file.is_file() else None
-
-    return read
 
 
 def published_rows(read: Read) -> Published:
@@ -52,14 +45,15 @@ def published_rows(read: Read) -> Published:
     return rows
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """All that is published of one local shard, in its folder or, by Energon, in one above it."""
-    rows = list(published_rows(read_local(path.parent)).get(path.name, ()))
-    for root in energon_roots(path.absolute().parent):
-        if root != path.absolute().parent:
-            name = path.absolute().relative_to(root).as_posix()
-            rows += published_rows(read_local(root)).get(name, ())
-    return rows + _img2dataset_rows(path)
+def published_in(folder: Folder) -> Said:
+    """What a folder says and, by Energon, those above it."""
+    return [(root, published_rows(root.read)) for root in dict.fromkeys((folder, *roots(folder)))]
+
+
+def rows_of(shard: Path | RemoteShard, said: Said) -> list[dict[str, Any]]:
+    """All that is published of one shard."""
+    rows = [row for folder, published in said for row in published.get(folder.name_of(shard), ())]
+    return rows + _img2dataset_rows(shard) if isinstance(shard, Path) else rows
 
 
 def differences(rows: Iterable[dict[str, Any]], samples: int) -> list[str]:
@@ -76,7 +70,7 @@ def missing_shards(paths: list[Path]) -> list[Path]:
     missing = []
     for folder in dict.fromkeys(path.parent for path in paths):
         used = {path.name for path in paths if path.parent == folder}
-        read = read_local(folder)
+        read = LocalFolder(folder).read
         names = [list(map(str, split.get("filenames") or ())) for split in _splits(read, "_info.json")]
         missing += [
             folder / name
@@ -86,94 +80,6 @@ def missing_shards(paths: list[Path]) -> list[Path]:
             if not (folder / name).exists()
         ]
     return missing
-
-
-def energon_roots(folder: Path) -> tuple[Path, ...]:
-    """An absolute folder and those up to three above it, as far as they are Energon's."""
-    return tuple(root for root in (folder, *folder.parents)[:4] if (root / ".nv-meta").is_dir())
-
-
-def energon_train(folder: Path) -> list[str] | None:
-    """The shards of the part `train` of an Energon folder, without those excluded; None if it names none.
-
-    ValueError if `split.yaml` cannot be understood, or excludes all of them.
-    """
-    train = _energon_parts(folder).get("train")
-    if not train:
-        return None
-    excluded = energon_exclude(folder)
-    names = [name for name in train if excluded.get(name, ()) is not None]
-    if not names:
-        raise ValueError(
-            f"{folder / ENERGON_SPLIT} excludes all {len(train)} shards of its part `train`; name other shards"
-        )
-    return names
-
-
-def energon_exclude(folder: Path) -> dict[str, set[str] | None]:
-    """What an Energon folder excludes: name of a shard, from the folder on -> keys of samples; None: all of it.
-
-    Entries are `<shard>` or `<shard>/<key>` with braces expanded, as Energon's `WebdatasetMeta` reads them. ValueError
-    for what is neither, or of no shard of the folder: what is excluded must not be trained on by mistake.
-    """
-    file = folder / ENERGON_SPLIT
-    excluded: dict[str, set[str] | None] = {}
-    for entry in _names(_energon_split(folder).get("exclude"), f"{file}: exclude"):
-        match = re.fullmatch(r"(.+?\.tar)(?:/(.+))?", entry)
-        if match is None:
-            raise ValueError(
-                f"{file} excludes {entry!r}, which is neither a shard, shards/a.tar, nor a sample, "
-                "shards/a.tar/KEY, named from the folder that holds .nv-meta; correct it, or take it out"
-            )
-        shard, key = match.groups()
-        if key is None or excluded.get(shard, ()) is None:
-            excluded[shard] = None
-        else:
-            excluded.setdefault(shard, set()).add(key)
-    listed = {name for names in _energon_parts(folder).values() for name in names} if excluded else set()
-    for shard in excluded.keys() - listed:
-        if not (folder / shard).is_file():
-            raise ValueError(
-                f"{file} excludes {shard!r}, or samples of it, but no part names it and it is not in {folder}; "
-                f"shards are named from there{f', as {min(listed)!r}' if listed else ''}: correct it, or take it out"
-            )
-    return excluded
-
-
-def _energon_parts(folder: Path) -> dict[str, list[str]]:
-    """Shards by part, braces expanded."""
-    parts = _energon_split(folder).get("split_parts") or {}
-    if not isinstance(parts, dict):
-        raise ValueError(f"{folder / ENERGON_SPLIT}: split_parts is {parts!r}, no mapping of parts to shards")
-    where = f"{folder / ENERGON_SPLIT}: split_parts"
-    return {str(part): _names(names, f"{where}: {part}") for part, names in parts.items()}
-
-
-def _energon_split(folder: Path) -> dict[str, Any]:
-    """`split.yaml`; empty if there is none."""
-    file = folder / ENERGON_SPLIT
-    if not file.is_file():
-        return {}
-    try:
-        value = yaml.load(file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{file} cannot be read, so what it excludes is not known: {' '.join(str(error).split())}; mend it"
-        ) from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds no mapping, so what it excludes is not known; mend it")
-    return value
-
-
-def _names(value: Any, where: str) -> list[str]:
-    """A list of names, or one, with braces expanded."""
-    names = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{where} is {str(value)[:200]}, no list of names; put each name in quotes")
-    try:
-        return [expanded for name in names for expanded in braceexpand.braceexpand(name)]
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def _img2dataset_rows(path: Path) -> list[dict[str, Any]]:

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from d2v_ds.data import remote
 from d2v_ds.data.cache import RemoteShard, acquire, drop
+from d2v_ds.data.folders import Folder, folder_of
 from d2v_ds.data.index import Shard
 from d2v_ds.data.parallel import Progress, map_shards
-from d2v_ds.data.published import Published, published_rows, rows_of
+from d2v_ds.data.published import Said, published_in, rows_of
 from d2v_ds.data.reader import CorruptSample, ShardReader
 from d2v_ds.data.scan import MEMBER, Scan, scan_tar
 from d2v_ds.data.shard import ShardIndex, find_remote_index, read_record, stored_index
@@ -46,19 +46,19 @@ def verify_shards(
     paths: list[Shard], workers: int | None = None, progress: Progress | None = print
 ) -> list[Report]:
     """One report for each shard, in their order."""
-    folders = {_folder(shard): shard for shard in paths if isinstance(shard, RemoteShard)}
-    published = {folder: _published(folder, shard) for folder, shard in folders.items()}
-    job = functools.partial(verify_shard, published=published)
+    folders = dict.fromkeys(folder for shard in paths if (folder := folder_of(shard)))
+    said = {folder: published_in(folder) for folder in folders}
+    job = functools.partial(verify_shard, said=said)
     return map_shards(job, paths, workers, progress, "verified")
 
 
-def verify_shard(shard: Shard, published: dict[str, Published]) -> Report:
+def verify_shard(shard: Shard, said: dict[Folder | None, Said]) -> Report:
     """Reads all of a shard; nothing that is wrong with it is raised."""
     report = Report(str(shard))
+    rows = rows_of(shard, said.get(folder_of(shard), []))
     if not isinstance(shard, RemoteShard):
-        _verify_file(shard, rows_of(shard), report)
+        _verify_file(shard, rows, report)
         return report
-    rows = published.get(_folder(shard), {}).get(shard.name, [])
     try:
         find_remote_index(shard)
         if not drop(shard):
@@ -172,25 +172,6 @@ def _note_dots(report: Report) -> None:
                 f"{members} members have a dot before .{last} (.{names[0]}): an extension begins at the first dot "
                 "of a file's name. If those are keys with dots, pack the shard again without them"
             )
-
-
-def _folder(shard: Shard) -> str:
-    return str(shard).rpartition("/")[0]
-
-
-def _published(folder: str, shard: RemoteShard) -> Published:
-    """Of each shard what files in its folder say."""
-    return published_rows(functools.partial(_read, folder, shard=shard))
-
-
-def _read(folder: str, name: str, shard: RemoteShard) -> bytes | None:
-    if shard.url.startswith("pipe:"):
-        return None
-    with remote.reading(shard.settings):
-        try:
-            return remote.read_all(f"{folder}/{name}")
-        except remote.Missing:
-            return None
 
 
 def _compare_published(path: Path, row: dict[str, Any], report: Report) -> None:

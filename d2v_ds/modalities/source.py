@@ -18,8 +18,10 @@ from torch import Tensor
 
 from d2v_ds.config import Config
 from d2v_ds.data import Corpus, Draw, ShardIndex, Share, Source, deal, expand_shards
-from d2v_ds.data.published import energon_train
+from d2v_ds.data.energon import train_shards
+from d2v_ds.data.folders import LocalFolder, RemoteFolder
 from d2v_ds.data.reader import parse_fields
+from d2v_ds.data.remote import check_url, is_url, settings
 from d2v_ds.modalities import samples_class
 from d2v_ds.modalities.labelled import Labelled, check_labels
 from d2v_ds.model.batch import make_masked, make_views
@@ -94,12 +96,15 @@ def _is_pattern(part: str) -> bool:
 
 def _folder_patterns(folder: str, shards: str) -> list[str]:
     """`shards` in a folder, whose own name may have brackets and braces; of an Energon folder, what is to train on."""
-    name = folder
+    name, place = folder, None
     if os.path.isdir(folder):
-        name = re.sub(r"([\\{},])", r"\\\1", glob.escape(folder))
-        train = energon_train(Path(folder)) if shards == StreamConfig.model_fields["shards"].default else None
-        shards = "::".join(train or [shards])
-    return [os.path.join(name, shard) for shard in shards.split("::")]
+        name, place = re.sub(r"([\\{},])", r"\\\1", glob.escape(folder)), LocalFolder(Path(folder))
+    elif is_url(folder):
+        check_url(folder)
+        place = RemoteFolder(folder.rstrip("/"), settings())
+    names_none = shards == StreamConfig.model_fields["shards"].default
+    train = train_shards(place) if place and names_none else None
+    return [os.path.join(name, shard) for shard in train or shards.split("::")]
 
 
 def open_source(name: str, config: Any, data: str, task: Task | None = None) -> Source:
