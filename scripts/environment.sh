@@ -2,11 +2,13 @@
 #
 #   D2V_VENV   where it lies (default: .venv in this checkout); none: what is active is taken as it is
 #   PYTHON     what makes it (default: python3; 3.10 to 3.12)
+#   D2V_EXTRAS which extras of setup.py it gets (default: dev, which has all; quickstart.sh: none)
 #
 # The checkout is installed each time; its dependencies again when setup.py has changed.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${D2V_VENV:-$root/.venv}"
+extras="${D2V_EXTRAS-dev}"
 
 fail() { echo "error: $*" >&2; exit 1; }
 
@@ -20,11 +22,12 @@ make_venv() {
     export PATH="$venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
 
     wanted="$(sha256sum "$root/setup.py" | cut -d' ' -f1)"
-    if [ "$(cat "$venv/.d2v_setup" 2>/dev/null)" != "$wanted" ]; then
+    read -r made made_extras < <(cat "$venv/.d2v_setup" 2>/dev/null) || true
+    if [[ "${made:-}" != "$wanted" || -n "$extras" && "${made_extras:-}" != "$extras" ]]; then
         echo "installing the dependencies into $venv (torch is large: one to ten minutes)"
         python -m pip install --quiet "setuptools>=70.1,<82" wheel
-        python -m pip install --quiet --no-build-isolation -e "$root[dev]"
-        echo "$wanted" > "$venv/.d2v_setup"
+        python -m pip install --quiet --no-build-isolation -e "$root${extras:+[$extras]}"
+        echo "$wanted $extras" > "$venv/.d2v_setup"
     else
         python -m pip install --quiet --no-build-isolation --no-deps -e "$root"
     fi

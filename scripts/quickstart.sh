@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # From nothing to a trained multimodal model, on any machine with two cores: installs, trains on the sample
-# shards, exports, loads the export and probes it. About 10 minutes without a GPU.
+# shards, exports, loads the export and probes it. 5 to 10 minutes without a GPU.
 #
 #   bash scripts/quickstart.sh            OUT=checkpoints/other bash scripts/quickstart.sh [key=value ...]
 set -euo pipefail
 began=$SECONDS
+D2V_EXTRAS="${D2V_EXTRAS-}" # training needs none
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 echo "installed after $((SECONDS - began)) s"
 
