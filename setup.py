@@ -10,6 +10,7 @@ FINETUNE = ["timm>=1.0.9,<2", "torchvision==0.26.0"]  # RandAugment, mixup; the 
 EVAL = ["jiwer>=3,<5"]  # d2v eval ctc
 CTC = [*EVAL, "flashlight-text>=0.0.7,<0.1"]  # d2v eval ctc --decoder beam; its wheels bring KenLM
 
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6", "moto[s3,server]>=5"]
 REMOTE = [
     "fsspec[http]>=2025.3",
     "s3fs>=2025.3",
@@ -56,7 +57,7 @@ setup(
         "ctc": CTC,
         "remote": REMOTE,
         "finetune": FINETUNE,
-        "dev": ["pytest>=8", "ruff>=0.6", "moto[s3,server]>=5", *HF, *ONNX, *CTC, *REMOTE, *FINETUNE],
+        "dev": [*TEST, *HF, *ONNX, *CTC, *REMOTE, *FINETUNE],
     },
     entry_points={"console_scripts": ["d2v=d2v_ds.cli:main"]},
 )

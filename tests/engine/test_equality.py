@@ -15,6 +15,12 @@ from equality_cases import CASES, case_recipe, plain_loop  # noqa: E402
 
 FP32 = [name for name, case in CASES.items() if case.precision == "fp32"]
 BF16 = [name for name, case in CASES.items() if case.precision == "bf16"]
+QUICK = ["zero1", "zero2", "zero3_low", "zero3_offload", "zero1_bf16", "zero2_bf16", "zero3_bf16"]
+"""The others, which take ten seconds each, run with --all."""
+
+
+def each(names: list[str]) -> list:
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +29,20 @@ def reference() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+def results(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, dict[str, torch.Tensor]]:
     out = tmp_path_factory.mktemp("equality")
-    run_ranks(Path(__file__).with_name("equality_ranks.py"), out, *CASES)
-    return {name: load_file(out / f"{name}.safetensors") for name in CASES}
+    names = list(CASES) if request.config.getoption("--all") else QUICK
+    run_ranks(Path(__file__).with_name("equality_ranks.py"), out, *names)
+    return {name: load_file(out / f"{name}.safetensors") for name in names}
 
 
 def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return ((ours.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-30)).item()
 
 
-@pytest.mark.parametrize("name", FP32)
+@pytest.mark.parametrize("name", each(FP32))
 def test_two_ranks_equal_a_plain_loop(name, results, reference):
     """Student, teacher and losses after 5 steps, per tensor: relative L2 of 1e-5."""
     ours = results[name]
@@ -45,7 +54,7 @@ def test_two_ranks_equal_a_plain_loop(name, results, reference):
     )
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", each(list(CASES)))
 def test_the_next_forward_uses_the_updated_teacher(name, results):
     """What a gather gives is the average, rounded to the compute dtype, above and below the threshold."""
     ours = results[name]
@@ -60,7 +69,7 @@ def test_zero3_cases_have_parameters_on_both_sides_of_the_threshold(results):
     assert 0 < persistent < total
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("zero3")])
+@pytest.mark.parametrize("name", each([n for n in CASES if n.startswith("zero3")]))
 def test_the_average_at_zero3_needs_no_collective(name, results):
     assert results[name]["num_collectives"].item() == 0
 
@@ -71,14 +80,14 @@ def test_the_counter_of_collectives_counts(results):
     assert results["zero2_bf16"]["num_collectives"].item() >= 5
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", each(list(CASES)))
 def test_the_average_moves_as_the_fp32_formula_says(name, results):
     """tau * old + (1 - tau) * master in float64, at bf16 too; and it moves at tau = 0.9999, where bf16 would not."""
     assert results[name]["formula_error"].item() < 1e-6
     assert results[name]["moved_share"].item() > 0.5
 
 
-@pytest.mark.parametrize("name", BF16)
+@pytest.mark.parametrize("name", each(BF16))
 def test_bf16_runs_learn_what_fp32_does(name, results, reference):
     """Losses of 5 steps within 3 %."""
     ours, theirs = results[name]["losses"], reference["losses"]
