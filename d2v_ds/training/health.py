@@ -5,13 +5,15 @@ it (`local`). The norms that make targets hide a collapse: a teacher that says t
 but rounding errors, has targets of healthy variance. So each place has numbers that no norm hides (docs/health.md):
 content, the effective rank of its tokens, and how far samples lie apart.
 
-B samples, T tokens, D dim, S dim of a sketch. Sums are fp64, of every rank, and reduced together: the numbers do not
-depend on the number of ranks. Of the views of a sample the first one is looked at.
+B samples, T tokens, D dim, P places, S dim of a sketch. Of a micro-batch sums are fp32; over micro-batches and ranks
+they are fp64, and reduced together: the numbers do not depend on the number of ranks. Of the views of a sample the
+first one is looked at.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from math import gcd
 
 import torch
 import torch.distributed as dist
@@ -24,8 +26,8 @@ from d2v_ds.model.data2vec import Output
 SKETCH_DIM = 64
 """Tokens are projected to so many dimensions before their rank is measured: eigenvalues of D = 768 would take longer
 than one percent of a step, and a rank worth a warning is far below 64."""
-SKETCH_TOKENS = 512
-"""Of a micro-batch, evenly spaced."""
+SKETCH_TOKENS = 256
+"""Of a micro-batch at most so many, evenly spaced."""
 
 
 class Sums:
@@ -60,17 +62,13 @@ class Spread(Sums):
         if counts_NJ is not None:
             target, pred = (x.masked_fill(~counts_NJ[..., None], 0) for x in (target, pred))
             count = counts_NJ.sum(dtype=torch.float64)
-
-        def total(x: Tensor) -> Tensor:
-            return x.sum((0, 1), dtype=torch.float64)
-
         self.add_sums(
             count=count,
-            target=total(target),
-            target_square=total(target.square()),
-            pred=total(pred),
-            pred_square=total(pred.square()),
-            error=total((pred - target).square()),
+            target=target.sum((0, 1)).double(),
+            target_square=target.square().sum((0, 1)).double(),
+            pred=pred.sum((0, 1)).double(),
+            pred_square=pred.square().sum((0, 1)).double(),
+            error=(pred - target).square().sum().double(),
         )
 
     def values(self) -> dict[str, Tensor]:
@@ -85,7 +83,7 @@ class Spread(Sums):
         return {
             "target_var": standard_deviation(target_sum, s["count"]),
             "pred_var": standard_deviation(pred_sum, s["count"]),
-            "explained": 1 - s["error"].sum() / target_sum.sum().clamp(min=1e-12),
+            "explained": 1 - s["error"] / target_sum.sum().clamp(min=1e-12),
         }
 
 
@@ -93,95 +91,81 @@ def standard_deviation(squares: Tensor, count: Tensor) -> Tensor:
     return ((squares / (count - 1).clamp(min=1)).clamp(min=0) + 1e-6).sqrt().mean()
 
 
-class Content(Sums):
-    """Share of the variance that differs between samples at the same position.
+class Place:
+    """The tokens of one place in one micro-batch, and what is summed up of them.
 
-    mean_c mean_t Var_b(y[b, t, c]) / mean_c Var_{b,t}(y[b, t, c]), real tokens only, biased variance; 0 = the
-    position alone decides.
+    `padding_BT`: bool, True = not to be looked at. `positions_BT`: where in the sample each row lies; None = at 0, 1,
+    ... `before_norms_BTD`: the spreads are of these; None = of `x_BTD`.
     """
 
-    def add(self, x_BTD: Tensor, real_BT: Tensor, positions_BT: Tensor | None, tokens: int) -> None:
-        """Padded rows of `x_BTD` are zero. `positions_BT`: where in the sample's `tokens` each row of it lies; None =
-        at 0, 1, ..."""
-        squares_BT = x_BTD.square().sum(2).double()
-        if positions_BT is None:
-            count, total, squares = (
-                real_BT.double().sum(0),
-                x_BTD.sum(0, dtype=torch.float64),
-                squares_BT.sum(0),
+    def __init__(
+        self,
+        x_BTD: Tensor,
+        padding_BT: Tensor | None,
+        positions_BT: Tensor | None = None,
+        before_norms_BTD: Tensor | None = None,
+    ) -> None:
+        self.x_BTD = x_BTD.float()
+        self.raw_BTD = self.x_BTD if before_norms_BTD is None else before_norms_BTD.float()
+        self.real_BT = torch.ones(x_BTD.shape[:2], dtype=torch.float64, device=x_BTD.device)
+        self.positions_BT = positions_BT
+        if padding_BT is not None:
+            self.real_BT = (~padding_BT).double()
+            padding_BT1 = padding_BT[..., None]
+            self.x_BTD = self.x_BTD.masked_fill(padding_BT1, 0)
+            self.raw_BTD = (
+                self.x_BTD if before_norms_BTD is None else self.raw_BTD.masked_fill(padding_BT1, 0)
             )
+
+    def sums(self, tokens: int) -> dict[str, Tensor]:
+        """Of a modality of `tokens` positions."""
+        squares_BT = self.x_BTD.square().sum(2).double()
+        raw_squares_BT = squares_BT
+        if self.raw_BTD is not self.x_BTD:
+            raw_squares_BT = self.raw_BTD.square().sum(2).double()
+        return self.sum_positions(squares_BT, tokens) | self.sum_samples(raw_squares_BT) | self.sum_sketch()
+
+    def sum_positions(self, squares_BT: Tensor, tokens: int) -> dict[str, Tensor]:
+        """For content: each (T, ...)."""
+        if self.positions_BT is None:
+            seen_T, total_TD, squares_T = self.real_BT.sum(0), self.x_BTD.sum(0).double(), squares_BT.sum(0)
         else:
-            where = positions_BT.flatten()
-            zeros = squares_BT.new_zeros(tokens)
-            count = zeros.index_add(0, where, real_BT.double().flatten())
-            squares = zeros.index_add(0, where, squares_BT.flatten())
-            total = squares_BT.new_zeros(tokens, x_BTD.shape[2]).index_add(
-                0, where, x_BTD.double().flatten(0, 1)
-            )
-        self.add_sums(count=count, total=total, squares=squares)
+            where = self.positions_BT.flatten()
+            zeros_T = squares_BT.new_zeros(tokens)
+            zeros_TD = squares_BT.new_zeros(tokens, self.x_BTD.shape[2])
+            seen_T = zeros_T.index_add(0, where, self.real_BT.flatten())
+            squares_T = zeros_T.index_add(0, where, squares_BT.flatten())
+            total_TD = zeros_TD.index_add(0, where, self.x_BTD.double().flatten(0, 1))
+        return {"seen_T": seen_T, "total_TD": total_TD, "squares_T": squares_T}
 
-    def value(self) -> Tensor:
-        count_T, total_TD, squares_T = self.sums["count"], self.sums["total"], self.sums["squares"]
-        is_seen_T = count_T > 1  # a position seen once has no spread
-        n_T = count_T.clamp(min=1)
-        within_T = squares_T / n_T - (total_TD / n_T[:, None]).square().sum(1)
-        within = (within_T * is_seen_T).sum() / is_seen_T.sum()  # 0 / 0 is nan
-        n = (count_T * is_seen_T).sum().clamp(min=1)
-        overall = (squares_T * is_seen_T).sum() / n - (
-            (total_TD * is_seen_T[:, None]).sum(0) / n
-        ).square().sum()
-        return (within / overall.clamp(min=1e-30)).clamp(0)
+    def sum_samples(self, squares_BT: Tensor) -> dict[str, Tensor]:
+        """For the spreads, of samples' means and of tokens."""
+        count_B = self.real_BT.sum(1)
+        total_BD = self.raw_BTD.sum(1).double()
+        mean_BD = total_BD / count_B.clamp(min=1)[:, None]
+        return {
+            "samples": count_B.count_nonzero().double(),
+            "means_D": mean_BD.sum(0),
+            "mean_squares": mean_BD.square().sum(),
+            "tokens": count_B.sum(),
+            "tokens_D": total_BD.sum(0),
+            "token_squares": squares_BT.sum(),
+        }
 
-
-class Pooled(Sums):
-    """How far samples, and tokens, lie apart, beside how far from zero they lie.
-
-    Spread: sqrt(s^2 / (s^2 + m^2)) with s^2 the variance between the samples' mean embeddings, summed over channels,
-    and m the length of their mean: nearly s / m where it is small, 0 = all samples are alike, 1 = they have nothing in
-    common. `tokens` is the same of single tokens.
-    """
-
-    def add(self, x_BTD: Tensor, real_BT: Tensor) -> None:
-        count_B = real_BT.sum(1).double()
-        total_BD = x_BTD.sum(1, dtype=torch.float64)
-        pooled_BD = total_BD / count_B.clamp(min=1)[:, None]
-        self.add_sums(
-            samples=(count_B > 0).double().sum(),
-            pooled=pooled_BD.sum(0),
-            pooled_square=pooled_BD.square().sum(),
-            tokens=count_B.sum(),
-            total=total_BD.sum(0),
-            square=x_BTD.square().sum(dtype=torch.float64),
-        )
-
-    def values(self) -> tuple[Tensor, Tensor]:
-        """(spread of samples, spread of tokens)."""
-        s = self.sums
-        return (
-            relative(s["samples"], s["pooled"], s["pooled_square"]),
-            relative(s["tokens"], s["total"], s["square"]),
-        )
+    def sum_sketch(self) -> dict[str, Tensor]:
+        """For the rank; squared in fp64, since errors of fp32 would be a rank of their own."""
+        step = sketch_step(self.real_BT.numel(), self.real_BT.shape[1])
+        x_NS = sketch(self.x_BTD.flatten(0, 1)[::step]).double()
+        sketched = self.real_BT.flatten()[::step].sum()
+        return {"sketched": sketched, "sketched_S": x_NS.sum(0), "gram_SS": x_NS.T @ x_NS}
 
 
-def relative(count: Tensor, total_D: Tensor, square: Tensor) -> Tensor:
-    mean_square = square / count
-    variance = mean_square - (total_D / count).square().sum()
-    return (variance / mean_square.clamp(min=1e-30)).clamp(0, 1).sqrt()
-
-
-class Rank(Sums):
-    """Effective rank of the tokens: exp of the entropy of their singular values (Roy & Vetterli 2007; RankMe,
-    arXiv:2210.02885), their mean removed, in a fixed random projection to at most SKETCH_DIM dimensions."""
-
-    def add(self, x_BTD: Tensor, real_BT: Tensor) -> None:
-        x_ND, real_N = x_BTD.flatten(0, 1), real_BT.flatten()
-        step = -(-len(x_ND) // SKETCH_TOKENS)
-        x_NS = sketch(x_ND[::step]).double()
-        self.add_sums(count=real_N[::step].double().sum(), total=x_NS.sum(0), gram=x_NS.T @ x_NS)
-
-    def covariance(self) -> Tensor:
-        mean = self.sums["total"] / self.sums["count"]
-        return self.sums["gram"] / self.sums["count"] - mean[:, None] * mean
+def sketch_step(rows: int, tokens: int) -> int:
+    """Every how many rows one is taken: evenly spaced, and at other positions in each sample."""
+    step = -(-rows // SKETCH_TOKENS)
+    while gcd(step, tokens) > 1:
+        step += 1
+    return step
 
 
 def sketch(x_ND: Tensor) -> Tensor:
@@ -197,8 +181,65 @@ def projection(dim: int, device: torch.device) -> Tensor:
     return (torch.randn(dim, SKETCH_DIM, generator=generator) / dim**0.5).to(device)
 
 
+PLACES = ("target", "pred", "encoder", "local")
+
+
+class Places(Sums):
+    """Content, rank and spread of the P places. They lie side by side in each sum, so that an operator serves all:
+    (P,) of numbers, (T, P, ...), (D, P) and (S, P, S) of the others."""
+
+    def add(self, places: list[Place], tokens: int) -> None:
+        sums = [place.sums(tokens) for place in places]
+        self.add_sums(
+            **{key: torch.stack([s[key] for s in sums], min(x.ndim, 1)) for key, x in sums[0].items()}
+        )
+
+    def values(self) -> dict[str, Tensor]:
+        """Each (P,)."""
+        s = self.sums
+        return {
+            "content": content(s["seen_T"], s["total_TD"], s["squares_T"]),
+            "spread": relative(s["samples"], s["means_D"], s["mean_squares"]),
+            "token_spread": relative(s["tokens"], s["tokens_D"], s["token_squares"]),
+        }
+
+    def covariance(self) -> Tensor:
+        """Of the sketched tokens; (P, S, S)."""
+        mean_PS = (self.sums["sketched_S"] / self.sums["sketched"]).T
+        gram_PSS = self.sums["gram_SS"].transpose(0, 1) / self.sums["sketched"][:, None, None]
+        return gram_PSS - mean_PS[:, :, None] * mean_PS[:, None, :]
+
+
+def content(seen_TP: Tensor, total_TPD: Tensor, squares_TP: Tensor) -> Tensor:
+    """Share of the variance that differs between samples at the same position.
+
+    mean_c mean_t Var_b(y[b, t, c]) / mean_c Var_{b,t}(y[b, t, c]), real tokens only, biased variance; 0 = the
+    position alone decides.
+    """
+    counts_TP = seen_TP > 1  # a position seen once has no spread
+    n_TP = seen_TP.clamp(min=1)
+    within_TP = squares_TP / n_TP - (total_TPD / n_TP[..., None]).square().sum(2)
+    within = (within_TP * counts_TP).sum(0) / counts_TP.sum(0)  # 0 / 0 is nan
+    n = (seen_TP * counts_TP).sum(0).clamp(min=1)
+    mean_PD = (total_TPD * counts_TP[..., None]).sum(0) / n[:, None]
+    overall = (squares_TP * counts_TP).sum(0) / n - mean_PD.square().sum(1)
+    return (within / overall.clamp(min=1e-30)).clamp(0)
+
+
+def relative(count_P: Tensor, total_DP: Tensor, square_P: Tensor) -> Tensor:
+    """How far samples, or tokens, lie apart, beside how far from zero they lie.
+
+    sqrt(s^2 / (s^2 + m^2)) with s^2 their variance, summed over channels, and m the length of their mean: nearly
+    s / m where it is small, 0 = all are alike, 1 = they have nothing in common.
+    """
+    mean_square = square_P / count_P
+    variance = mean_square - (total_DP / count_P).square().sum(0)
+    return (variance / mean_square.clamp(min=1e-30)).clamp(0, 1).sqrt()
+
+
 def effective_rank(covariance_SS: Tensor) -> Tensor:
-    """(..., S, S) -> (...); nan for what is not finite."""
+    """exp of the entropy of the singular values (Roy & Vetterli 2007; RankMe, arXiv:2210.02885) of rows that have this
+    covariance: (..., S, S) -> (...); nan for what is not finite."""
     is_finite = covariance_SS.isfinite().all(-1).all(-1)
     safe = torch.where(is_finite[..., None, None], covariance_SS, torch.zeros_like(covariance_SS))
     singular = torch.linalg.eigvalsh(safe).clamp(min=0).sqrt()
@@ -207,65 +248,37 @@ def effective_rank(covariance_SS: Tensor) -> Tensor:
     return torch.where(is_finite, rank, torch.full_like(rank, float("nan")))
 
 
-class Place:
-    """Content, rank and spread of one place; the spread of the targets is that of the layers they are made of."""
-
-    def __init__(self) -> None:
-        self.content, self.rank, self.pooled = Content(), Rank(), Pooled()
-
-    def add(
-        self,
-        x_BTD: Tensor,
-        padding_BT: Tensor | None,
-        positions_BT: Tensor | None = None,
-        tokens: int = 0,
-        before_norms_BTD: Tensor | None = None,
-    ) -> None:
-        """`padding_BT`: bool, True = not to be looked at."""
-        x_BTD = x_BTD.float()
-        raw_BTD = x_BTD if before_norms_BTD is None else before_norms_BTD.float()
-        real_BT = torch.ones_like(x_BTD[..., 0])
-        if padding_BT is not None:
-            real_BT = (~padding_BT).to(x_BTD.dtype)
-            x_BTD, raw_BTD = (x.masked_fill(padding_BT[..., None], 0) for x in (x_BTD, raw_BTD))
-        self.content.add(x_BTD, real_BT, positions_BT, tokens)
-        self.rank.add(x_BTD, real_BT)
-        self.pooled.add(raw_BTD, real_BT)
-
-
-PLACES = ("target", "pred", "encoder", "local")
-
-
 class Modality:
     """All that is known of one modality in one step."""
 
     def __init__(self) -> None:
-        self.spread = Spread()
-        self.places = {name: Place() for name in PLACES}
+        self.spread, self.places = Spread(), Places()
 
     def add(self, batch: Batch, output: Output) -> None:
         observed, views, tokens = output.observed, batch.clones, output.targets_BTD.shape[1]
         padding_BT = batch.padding_BT
-        self.spread.add(output.target_NJD, output.pred_NJD, output.counts_NJ)
-        self.places["target"].add(output.targets_BTD, padding_BT, before_norms_BTD=observed.layers_BTD)
-        self.places["local"].add(observed.local_BTD, padding_BT)
-
         masked_BJ = batch.masked_NJ[::views]
         filler_BJ = None if padding_BT is None else padding_BT.gather(1, masked_BJ)
         if batch.counted_NJ is not None:
             unused_BJ = ~batch.counted_NJ[::views]
             filler_BJ = unused_BJ if filler_BJ is None else filler_BJ | unused_BJ
-        self.places["pred"].add(output.pred_NJD[::views], filler_BJ, masked_BJ, tokens)
-
-        keep_BK = (
-            None if batch.keep_NK is None else batch.keep_NK[::views]
-        )  # None: the student sees all tokens
+        # None: the student sees all tokens
+        keep_BK = None if batch.keep_NK is None else batch.keep_NK[::views]
+        unseen_BK = padding_BT
         if padding_BT is not None and keep_BK is not None:
-            padding_BT = padding_BT.gather(1, keep_BK)
-        self.places["encoder"].add(observed.hidden_NKD[::views], padding_BT, keep_BK, tokens)
+            unseen_BK = padding_BT.gather(1, keep_BK)
+
+        self.spread.add(output.target_NJD, output.pred_NJD, output.counts_NJ)
+        places = {
+            "target": Place(output.targets_BTD, padding_BT, before_norms_BTD=observed.layers_BTD),
+            "pred": Place(output.pred_NJD[::views], filler_BJ, masked_BJ),
+            "encoder": Place(observed.hidden_NKD[::views], unseen_BK, keep_BK),
+            "local": Place(observed.local_BTD, padding_BT),
+        }
+        self.places.add([places[name] for name in PLACES], tokens)
 
     def sums(self) -> list[Sums]:
-        return [self.spread] + [part for place in self.places.values() for part in vars(place).values()]
+        return [self.spread, self.places]
 
 
 class Health:
@@ -288,39 +301,32 @@ class Health:
         if not names:
             return {}
         reduce_sums([part for name in names for part in self.parts[name].sums()])
+        covariances = torch.stack([self.parts[name].places.covariance() for name in names])
+        ranks = effective_rank(covariances.cpu()).to(covariances.device)
         values: dict[str, Tensor] = {}
-        covariances = []
-        for name in names:
-            part = self.parts[name]
-            for key, place in part.places.items():
-                prefix = f"{name}/" if key == "target" else f"{name}/{key}_"
-                samples, tokens = place.pooled.values()
-                values[prefix + "content"] = place.content.value()
-                values[prefix + "rank"] = (
-                    samples  # its place in the row; the value comes below, of all at once
-                )
-                values[prefix + "spread"], values[prefix + "token_spread"] = samples, tokens
-                covariances.append((prefix + "rank", place.rank.covariance()))
-            values |= {f"{name}/{key}": value for key, value in part.spread.values().items()}
-        ranks = effective_rank(torch.stack([c for _, c in covariances]).cpu())
-        for (key, _), rank in zip(covariances, ranks, strict=True):
-            values[key] = rank.to(values[key].device)
+        for name, rank_P in zip(names, ranks, strict=True):
+            found = self.parts[name].places.values()
+            found = {"content": found.pop("content"), "rank": rank_P, **found}
+            for i, place in enumerate(PLACES):
+                prefix = f"{name}/" if place == "target" else f"{name}/{place}_"
+                values |= {prefix + key: value_P[i] for key, value_P in found.items()}
+            values |= {f"{name}/{key}": value for key, value in self.parts[name].spread.values().items()}
         numbers = torch.stack(list(values.values()))
-        dist.broadcast(numbers, 0)  # equal to the bit, so all ranks decide the same
+        if dist.get_world_size() > 1:
+            dist.broadcast(numbers, 0)  # equal to the bit, so all ranks decide the same
         return dict(zip(values, numbers.tolist(), strict=True))
 
 
 def reduce_sums(parts: list[Sums]) -> None:
     """Adds up over ranks, in two reductions: lengths, since ranks may have seen different ones, and sums."""
-    named = [(part, key) for part in parts for key in part.sums if part.sums[key].ndim]
-    if not parts:
+    if dist.get_world_size() == 1:
         return
+    named = [(part, key) for part in parts for key in part.sums if part.sums[key].ndim]
     device = next(iter(parts[0].sums.values())).device
-    if dist.get_world_size() > 1:
-        lengths = torch.tensor([len(part.sums[key]) for part, key in named], device=device)
-        dist.all_reduce(lengths, op=dist.ReduceOp.MAX)
-        for (part, key), tokens in zip(named, lengths.tolist(), strict=True):
-            part.sums[key] = grow(part.sums[key], tokens)
+    lengths = torch.tensor([len(part.sums[key]) for part, key in named], device=device)
+    dist.all_reduce(lengths, op=dist.ReduceOp.MAX)
+    for (part, key), tokens in zip(named, lengths.tolist(), strict=True):
+        part.sums[key] = grow(part.sums[key], tokens)
     flat = torch.cat([value.flatten() for part in parts for value in part.sums.values()])
     dist.all_reduce(flat)
     pieces = iter(flat.split([value.numel() for part in parts for value in part.sums.values()]))
