@@ -93,6 +93,9 @@ class ShardReader:
         """Bytes of a sample's rows in the usual shard, whose samples all have the same members; else 0"""
         self._places = {name: list(self._find(alternatives)) for name, alternatives in fields.items()}
         """field -> where it may be in this shard: (`field` of MEMBER or -1 for nowhere, JSON key)"""
+        self._usual = list(self._find_usual())
+        """(name, `field`, where its row lies among those of a sample) of all fields, if each sample of this shard has
+        them as members, and most in one order; else none"""
 
     def _find(self, alternatives: tuple[Alternative, ...]) -> Iterator[tuple[int, str | None]]:
         for alternative in alternatives:
@@ -101,11 +104,32 @@ class ShardReader:
             elif alternative.extension in self._extensions:
                 yield self._extensions.index(alternative.extension), alternative.json_key
 
+    def _find_usual(self) -> Iterator[tuple[str, int, int]]:
+        firsts = [(name, *places[0]) for name, places in self._places.items() if places]
+        are_members = all(field >= 0 and json_key is None for _, field, json_key in firsts)
+        if self._stride and are_members and len(firsts) == len(self._places):
+            for name, field, _ in firsts:
+                yield name, field, field * _ROW.size
+
     def close(self) -> None:
         self._file.close()
 
     def read(self, sample: int) -> dict[str, bytes]:
         """The bytes of each field; CorruptSample if they are not the indexed ones."""
+        contents, rows = {}, sample * self._stride
+        for name, field, place in self._usual:  # a sixth less of all that a small sample takes
+            _, found, offset, size, crc32 = _ROW.unpack_from(self._rows_bytes, rows + place)
+            if found != field:
+                break
+            content = self._pread(size, offset)
+            if len(content) < size or crc32_of(content) != crc32:
+                break
+            contents[name] = content
+        is_whole = contents and len(contents) == len(self._usual)
+        return contents if is_whole else self._read_anywhere(sample)
+
+    def _read_anywhere(self, sample: int) -> dict[str, bytes]:
+        """As `read`, wherever the members of a sample stand; CorruptSample says what is wrong with it."""
         rows, contents = {}, {}  # loops: comprehensions take a tenth more of all that a small sample takes
         for row in self._rows(sample):
             rows[row[1]] = row

@@ -99,13 +99,14 @@ def test_alternatives_are_taken_in_order_and_json_keys_are_read(tmp_path: Path) 
         corpus.read(3)
 
 
-def test_members_may_stand_in_any_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optional", [{}, {"split": "split;"}], ids=["all members", "one may be absent"])
+def test_members_may_stand_in_any_order(optional: dict[str, str], tmp_path: Path) -> None:
     """All samples have the same ones, so their rows are looked up without a search."""
     names = ["a.jpg", "a.cls", "b.cls", "b.jpg", "c.jpg", "c.cls"]
     path = write_tar(tmp_path / "a.tar", [(name, name.encode()) for name in names])
-    corpus = open_quietly([path], {"image": "png;jpg", "label": "cls", "split": "split;"})
+    corpus = open_quietly([path], {"image": "png;jpg", "label": "cls"} | optional)
     for i, key in enumerate("abc"):
-        found = {"image": b"%b.jpg", "label": b"%b.cls", "split": b""}
+        found = {"image": b"%b.jpg", "label": b"%b.cls"} | dict.fromkeys(optional, b"")
         assert corpus.read(i) == {name: text.replace(b"%b", key.encode()) for name, text in found.items()}
 
 
