@@ -24,7 +24,7 @@ from d2v_ds.data.remote import reading
 from d2v_ds.data.room import cut_windows, windows_of
 from d2v_ds.engine import checkpoint as checkpoints
 from d2v_ds.engine.build import build_engine, build_optimizer
-from d2v_ds.engine.ds_config import find_config, read_config, resolve_config
+from d2v_ds.engine.ds_config import emulated_precision, find_config, read_config, resolve_config
 from d2v_ds.engine.ema import TeacherEMA
 from d2v_ds.engine.launch import prepare_environment, start_distributed
 from d2v_ds.engine.saver import Saver
@@ -499,6 +499,11 @@ def introduce(run: Run, ds_config: dict[str, Any], saved: checkpoints.Checkpoint
         f"{recipe.name}: {trained / 1e6:.1f} M parameters, ZeRO-{engine.zero_optimization_stage()}, {dtype}, "
         f"{run.world} rank{'s' * (run.world > 1)} on {run.device.type}, run folder {recipe.folder}"
     )
+    if run.device.type == "cpu" and (precision := emulated_precision(ds_config)):
+        run.say(
+            f"warning: this CPU has no matrix products in {precision}, so a step may take hundreds of times as long as "
+            "in fp32; give precision=fp32 and a DeepSpeed config without torch_autocast"
+        )
     for source in run.sources:
         run.say(f"  {describe_volume(source, run.plan, recipe.train.steps)}")
     if saved:
