@@ -275,8 +275,8 @@ FREE = {
 
 
 def is_free(key: str) -> bool:
-    """Where shards lie is free too: a run knows their content by fingerprint."""
-    return key in FREE or key.endswith((".data.shards", ".data.corpora"))
+    """Where shards and a tokenizer lie is free too: a run knows their content by fingerprint."""
+    return key in FREE or key.endswith((".data.shards", ".data.corpora", ".data.tokenizer"))
 
 
 def recipes() -> dict[str, Any]:

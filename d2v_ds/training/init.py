@@ -14,9 +14,12 @@ file's schedule has come to tau = 1, at which the teacher stands still.
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -30,7 +33,7 @@ from d2v_ds.engine.ema import anneal
 from d2v_ds.modalities.audio.vocabulary import open_vocabulary
 from d2v_ds.model.data2vec import TEACHER
 from d2v_ds.model.heads import HEAD
-from d2v_ds.recipe import Recipe, load_recipe
+from d2v_ds.recipe import Recipe, load_recipe, override
 
 # How a model is trained, which may differ from the file's; everything else of a modality says what its weights mean.
 TRAINING = {
@@ -73,8 +76,10 @@ class Start:
         return crc
 
 
-def read_start(recipe: Recipe) -> Start:
+def read_start(recipe: Recipe, files: dict[str, str] | None = None) -> Start:
     """What `recipe.init` gives to a run of the recipe; nothing if it is not set.
+
+    `files`: by modality the sha256 of the tokenizer that the run reads with; another than that of the weights is noted.
 
     Raises ValueError for a file that cannot be read, that shares no modality with the recipe, or whose weights do
     not fit: with the list of them and the keys to set.
@@ -108,14 +113,18 @@ def read_start(recipe: Recipe) -> Start:
         f"{', '.join(stored.recipe.modalities)}, for a run of {', '.join(recipe.modalities)}",
         *describe(expected, start, stored, copied, unused),
         *other_settings(recipe, stored, modalities),
+        *other_tokenizer(stored, (files or {}).get("text")),
         *([] if recipe.task else [describe_updates(start, recipe, stored)]),
     ]
     return start
 
 
-def with_network(recipe: Recipe, saved: Recipe | None) -> Recipe:
+def with_network(recipe: Recipe, saved: Recipe | None, given: Sequence[str] = ()) -> Recipe:
     """A fine-tuning recipe whose network is that of `saved`, its own run, or of `init`, or of the recipe that
     `task.encoder` names; how it is trained stays the recipe's.
+
+    `given`: the `key=value` of the command, which stand over what the network's recipe says of body and modality. What
+    does not fit the weights then is an error when they are read.
 
     Raises ValueError if none says what the network is, or it is of another modality.
     """
@@ -128,9 +137,9 @@ def with_network(recipe: Recipe, saved: Recipe | None) -> Recipe:
         saved = load_recipe(recipe.task.encoder)
         source = f"task.encoder={recipe.task.encoder}"
     elif saved is None:
-        saved, source = network_of(recipe.init), f"init={recipe.init}"
+        saved, source = network_of(recipe), f"init={recipe.init}"
     else:
-        source = f"the run {recipe.folder}"
+        saved, source = with_tokenizer(saved, recipe.folder), f"the run {recipe.folder}"
     if name not in saved.modalities:
         raise ValueError(
             f"{source} holds {', '.join(saved.modalities)}, the recipe {recipe.name} fine-tunes {name}; give an "
@@ -146,7 +155,8 @@ def with_network(recipe: Recipe, saved: Recipe | None) -> Recipe:
     if recipe.task.drop_path:
         prenet, last = drop_paths(recipe.task.drop_path, modality.prenet_depth, body.depth)
         body.drop_path, modality.prenet_drop_path = last, prenet
-    return recipe.model_copy(update={"body": body, "modalities": {name: modality}})
+    recipe = recipe.model_copy(update={"body": body, "modalities": {name: modality}})
+    return override(recipe, [text for text in given if text.startswith(("body.", "modalities."))])
 
 
 def drop_paths(rate: float, prenet: int, depth: int) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -166,13 +176,25 @@ def with_symbols(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"task": task.model_copy(update=update)})
 
 
-def network_of(path: str) -> Recipe:
-    """The recipe of what lies there; a text's with the tokenizer that lies beside it."""
-    stored = read(path)
-    found = tokenizers(stored.files) if stored.files else []
-    if found and "text" in stored.recipe.modalities:
-        stored.recipe.modalities["text"].data.tokenizer = str(found[0])
-    return stored.recipe
+def network_of(recipe: Recipe) -> Recipe:
+    """The recipe of what lies at `init`. A text's tokenizer is the one beside the weights, else that of `recipe`."""
+    stored = read(recipe.init)
+    network = stored.recipe
+    if "text" in network.modalities and "text" in recipe.modalities:
+        network.modalities["text"].data.tokenizer = recipe.modalities["text"].data.tokenizer
+    return with_tokenizer(network, stored.files) if stored.files else network
+
+
+def with_tokenizer(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the tokenizer that lies in the folder, if one does."""
+    found = tokenizer_in(folder)
+    if found and "text" in recipe.modalities:
+        recipe.modalities["text"].data.tokenizer = str(found)
+    return recipe
+
+
+def tokenizer_in(folder: Path) -> Path | None:
+    return next(iter([*tokenizers(folder), *folder.glob("tokenizer.json")]), None)
 
 
 # ---- which tensors ---------------------------------------------------------------------------------------------
@@ -358,3 +380,13 @@ def part_of(name: str) -> str:
 def other_settings(recipe: Recipe, stored: Stored, modalities: list[str]) -> list[str]:
     different = differences(recipe, stored.recipe, modalities)
     return [f"  {key}={ours} here, {theirs} in the file" for key, ours, theirs in different]
+
+
+def other_tokenizer(stored: Stored, ours: str | None) -> list[str]:
+    theirs = tokenizer_in(stored.files) if stored.files and "text" in stored.recipe.modalities else None
+    if ours is None or theirs is None or hashlib.sha256(theirs.read_bytes()).hexdigest() == ours:
+        return []
+    return [
+        "  warning: text is not read with the tokenizer of these weights, whose embeddings mean other pieces; for that "
+        f"set modalities.text.data.tokenizer={theirs}"
+    ]

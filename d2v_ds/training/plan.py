@@ -10,6 +10,8 @@ from d2v_ds.data.remote import reading
 from d2v_ds.data.room import cut_windows
 from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import Recipe, load_recipe
+from d2v_ds.training.classes import with_classes
+from d2v_ds.training.init import with_network
 from d2v_ds.training.volume import describe_windows
 
 DESCRIPTION = """\
@@ -40,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
+        if recipe.task:
+            recipe = with_classes(with_network(recipe, None, arguments.overrides), None)
         with reading(recipe.remote):
             opened = [
                 open_source(name, config, recipe.data, recipe.task)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
 import shutil
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -116,6 +118,7 @@ class Run:
             "recipe": self.recipe.model_dump(mode="json"),
             "recipe_hash": self.recipe.hash(),
             "data": fingerprints(self.sources),
+            "files": file_hashes(self.sources),
             "windows": windows_of(self.sources),
             "is_healthy": self.watch.is_firm,
             "best": self.examiner.best,
@@ -162,7 +165,7 @@ def train(
         resolved = override(recipe, assignments)
     else:
         resolved = load_recipe(recipe, assignments)
-    return train_recipe(resolved, deepspeed)
+    return train_recipe(resolved, deepspeed, assignments)
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
@@ -185,7 +188,7 @@ def run_command(arguments: Arguments) -> int:
         if arguments.print_recipe:
             print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
             return 0
-        train_recipe(recipe, arguments.deepspeed)
+        train_recipe(recipe, arguments.deepspeed, arguments.overrides)
     except Stopped as stopped:
         leave_together(stopped)
     except (ValueError, OSError, DataError, Diverged, Collapsed) as error:
@@ -231,16 +234,17 @@ def without_traceback(error: Exception) -> str:
     return text.strip().splitlines()[-1].partition(f"{type(error).__name__}: ")[2]
 
 
-def train_recipe(recipe: Recipe, deepspeed: str | None) -> Path:
+def train_recipe(recipe: Recipe, deepspeed: str | None, given: Sequence[str] = ()) -> Path:
+    """`given`: the `key=value` that the recipe already has from the command."""
     signals = listen()
     try:
-        return train_until_asked(recipe, deepspeed, signals)
+        return train_until_asked(recipe, deepspeed, given, signals)
     finally:
         if signals.phase != "leaving":
             stop_listening()
 
 
-def train_until_asked(recipe: Recipe, deepspeed: str | None, signals: Signals) -> Path:
+def train_until_asked(recipe: Recipe, deepspeed: str | None, given: Sequence[str], signals: Signals) -> Path:
     rank, world = prepare_environment()
     if recipe.folder.exists() and not recipe.folder.is_dir():
         raise ValueError(f"out={recipe.folder} is a file, must be a folder for the run; set another out=")
@@ -267,7 +271,7 @@ def train_until_asked(recipe: Recipe, deepspeed: str | None, signals: Signals) -
     saved = checkpoints.Checkpoint(start) if start else None
     if recipe.task:
         before = Recipe(**saved.loop["recipe"]) if saved else None
-        recipe = together(lambda: with_classes(with_network(recipe, before), before))
+        recipe = together(lambda: with_classes(with_network(recipe, before, given), before))
     if saved:
         together(lambda: check_same_recipe(recipe, saved))
         recipe = together(lambda: check_same_init(recipe, saved))
@@ -283,7 +287,7 @@ def train_until_asked(recipe: Recipe, deepspeed: str | None, signals: Signals) -
     sources = together(lambda: cut_windows(opened, windows))
     if saved:
         together(lambda: check_same_data(sources, saved))
-    begin = Start() if saved else together(lambda: read_start(recipe))
+    begin = Start() if saved else together(lambda: read_start(recipe, file_hashes(sources)))
     agree({"data": fingerprints(sources), "checkpoint": str(start), "init": begin.fingerprint()})
     probes = open_probes_together(recipe, sources, rank)
     examiner = together(lambda: open_examiner(recipe, sources))
@@ -396,6 +400,14 @@ def fingerprints(sources: list[Source]) -> dict[str, str]:
 
 
 def check_same_data(sources: list[Source], saved: checkpoints.Checkpoint) -> None:
+    before = saved.loop.get("files", {})  # absent in older checkpoints
+    for name, digest in file_hashes(sources).items():
+        if before.get(name, digest) != digest:
+            raise ValueError(
+                f"modalities.{name}.data.tokenizer is not the one that {saved.folder} was trained with "
+                f"(sha256 {digest[:12]}, was {before[name][:12]}); give that of {saved.folder.parent}, or another "
+                "out= to start anew"
+            )
     for name, fingerprint in fingerprints(sources).items():
         if saved.loop["data"].get(name) != fingerprint:
             raise ValueError(
@@ -403,6 +415,15 @@ def check_same_data(sources: list[Source], saved: checkpoints.Checkpoint) -> Non
                 f"(fingerprint {fingerprint[:12]}, was {str(saved.loop['data'].get(name))[:12]}); "
                 "give the same data=, or another out= to start anew"
             )
+
+
+def file_hashes(sources: list[Source]) -> dict[str, str]:
+    """sha256 of the file that a modality's samples are read with: a tokenizer."""
+    return {
+        source.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for source in sources
+        for file in getattr(source.samples, "files", ())
+    }
 
 
 def build_run(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 from ranks import SAMPLE
 
 from d2v_ds.cli import main
+from d2v_ds.convert.consolidate import write_export
+from d2v_ds.convert.stored import Stored
 from d2v_ds.data import Plan, StepLoader
+from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import load_recipe
 
@@ -126,3 +130,25 @@ def test_a_pattern_and_corpora_are_an_error(capsys):
         "is a pattern, but modalities.image.data.corpora names the shards; give their folder"
         in capsys.readouterr().err
     )
+
+
+def test_a_fine_tuning_recipe_reads_with_the_network_it_starts_from(capsys, tmp_path):
+    """Its tokenizer lies beside the weights, not beside the shards."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for path in (SAMPLE / "multimodal-train-000000.tar", SAMPLE / "multimodal-val-000000.tar"):
+        shutil.copyfile(path, shards / path.name)
+    recipe = load_recipe("text_tiny")
+    model = build_model(recipe.body, recipe.modalities, has_teacher=False)
+    tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    stored = Stored(recipe, tensors, "run, step_00000001", files=SAMPLE, step=1, weights="student")
+    write_export(stored, tmp_path / "text")
+    settings = [
+        "plan", "--recipe", "finetune_text_tiny", f"data={shards}", "task.outputs=10",
+        "modalities.text.data.shards=*-train-*.tar",
+    ]  # fmt: skip
+    assert main([*settings, f"init={tmp_path}/text"]) == 0
+    assert "text: a step is 1 micro-batches, 16.0 samples" in capsys.readouterr().out
+    assert main([*settings, "task.encoder=text_tiny"]) == 2
+    assert "set modalities.text.data.tokenizer=PATH" in capsys.readouterr().err
+    assert main([*settings, f"modalities.text.data.tokenizer={SAMPLE}/sentencepiece.model"]) == 0

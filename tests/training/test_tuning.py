@@ -124,6 +124,22 @@ def test_wrong_tasks_are_errors() -> None:
         with_network(recipe, None)
 
 
+def test_what_the_command_says_of_the_network_stands_over_what_its_recipe_says(tmp_path) -> None:
+    """Body, modality and how its data are read; without it, all is the network's. A tokenizer that is beside no
+    weights is the recipe's own."""
+    given = ["modalities.image.data.mean=[0.1, 0.2, 0.3]", "body.norm_eps=1e-3", "task.outputs=7"]
+    recipe = load_recipe("finetune_image_base", given)
+    theirs = load_recipe("image_base")
+    changed, plain = with_network(recipe, None, given), with_network(recipe, None)
+    assert (changed.modalities["image"].data.mean, changed.body.norm_eps) == ((0.1, 0.2, 0.3), 1e-3)
+    assert plain.modalities["image"].data.mean == theirs.modalities["image"].data.mean
+    assert plain.body.norm_eps == theirs.body.norm_eps and changed.task == plain.task == recipe.task
+    given = [f"modalities.text.data.tokenizer={tmp_path}/own.model"]
+    for name in ("finetune_text_tiny", "finetune_text_rte"):
+        text = load_recipe(name, given)
+        assert with_network(text, None, given).modalities["text"].data.tokenizer == f"{tmp_path}/own.model"
+
+
 SETTINGS = [
     "--recipe", "finetune_image_tiny", f"data={SAMPLE}", "train.steps=12", "train.save_every=4", "train.log_every=1",
     "train.workers=0", "train.keep_checkpoints=2", "modalities.image.data.shards=multimodal-train-*.tar",

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from glue_files import write_task
 from ranks import ROOT, SAMPLE
@@ -162,6 +163,37 @@ def test_a_regression_of_pairs_is_scored_by_correlation(results, folder):
     found = evaluate_glue(folder / "runs/stsb", folder / "stsb", device="cpu")
     for name in ("pearson", "spearman", "score"):
         assert found[name] == pytest.approx(best[name], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_the_files_it_was_started_from(results, folder, tmp_path):
+    """Under another name, with `init` gone: by its own tokenizer. With another tokenizer it does not."""
+    shutil.copytree(folder / "runs/stsb", tmp_path / "on")
+    words = " ".join(f"word{i} of {i * i}" for i in range(300)).split()
+    (tmp_path / "words.txt").write_text("\n".join(words))
+    sentencepiece.SentencePieceTrainer.train(
+        input=f"{tmp_path}/words.txt", model_prefix=f"{tmp_path}/other", vocab_size=40, minloglevel=2,
+        bos_id=0, pad_id=1, eos_id=2, unk_id=3,
+    )  # fmt: skip
+    same = [
+        "--recipe", "finetune_text_stsb", "--deepspeed", "zero0", "precision=fp32", f"data={folder}/stsb",
+        "task.test_every=3", "train.save_every=3", "optim.warmup_steps=2", "train.log_every=1", "train.workers=0",
+        f"out={tmp_path}/on", "train.steps=8",
+    ]  # fmt: skip
+    (folder / "text").rename(folder / "away")
+    try:
+        other = f"modalities.text.data.tokenizer={tmp_path}/other.model"
+        said = start(python(ROOT / "train.py", *same, other), code=2).stderr
+        done = start(python(ROOT / "train.py", *same)).stdout
+    finally:
+        (folder / "away").rename(folder / "text")
+    assert (
+        "modalities.text.data.tokenizer is not the one that" in said and f"give that of {tmp_path}/on" in said
+    )
+    assert "6 of 8 steps are done" in done and "finished 8 steps" in done
+    new = [*same, other, f"init={folder}/text", f"out={tmp_path}/new", "train.steps=1"]
+    assert "not read with the tokenizer of these weights" in start(python(ROOT / "train.py", *new)).stdout
+    assert "not read with the tokenizer" not in results["stsb"]["out"]
 
 
 @pytest.mark.slow
