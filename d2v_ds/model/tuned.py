@@ -7,6 +7,7 @@ B samples, T tokens, E extra tokens, D dim, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -101,13 +102,16 @@ class Task(Config):
         """A label as the loss takes it; ValueError for one that the head cannot say."""
         if not text:
             raise ValueError(
-                f"no label: '{self.label}' is not in it; name its member or json key, task.label="
+                f"no label: '{self.label}' is not in it, or empty; name its member or json key, task.label="
             )
         if self.outputs == 1:
             try:
-                return float(text) * self.factor
+                number = float(text)
             except ValueError:
-                raise ValueError(f"label {text!r} is no number, task.outputs=1 needs one") from None
+                number = math.nan
+            if not math.isfinite(number):
+                raise ValueError(f"label {text!r} is no number, task.outputs=1 needs one")
+            return number * self.factor
         number = int(text) if text.isascii() and text.isdigit() else -1
         if not 0 <= number < self.outputs and self.labels and text in self.labels:
             number = self.labels.index(text)

@@ -113,6 +113,8 @@ def spellings(symbols: tuple[str, ...], settings: Beam) -> list[tuple[str, list[
             f"{settings.lm}: how its words are spelt in pieces is not known; name a lexicon: lines 'word piece piece'"
         )
     words = list(read_words(Path(settings.lm)))
+    if not words:
+        raise ValueError(f"{settings.lm} lists no words under \\1-grams: is the file whole?")
     case = case_of(symbols)
     spelt = [(word, [*change_case(word, case), SPACE]) for word in words]
     spelt = [(word, letters) for word, letters in spelt if known.issuperset(letters)]

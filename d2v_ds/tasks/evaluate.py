@@ -146,7 +146,8 @@ def read_labels(items: Items, label: str) -> list[str]:
         text = items.read(i)[1] if items.has_labels else ""
         if not text:
             raise ValueError(
-                f"{items.name(i).full} has no label: '{label}' is not in it; name its member or json key with --label"
+                f"{items.name(i).full} has no label: '{label}' is not in it, or empty; name its member or json key "
+                "with --label"
             )
         found.append(text)
     return found

@@ -80,6 +80,10 @@ def test_pieces_are_found_without_a_space():
 
 
 def test_what_a_search_cannot_use_is_named(arpa, tmp_path, monkeypatch):
+    empty = tmp_path / "empty.arpa"
+    empty.write_text("\\data\\\nngram 1=1\n\n\\1-grams:\n-1.0\t<s>\t-0.3\n\\end\\\n")
+    with pytest.raises(ValueError, match="empty.arpa lists no words"):
+        BeamDecoder(LETTERS, Beam(lm=str(empty)))
     with pytest.raises(ValueError, match="nowhere.arpa does not exist"):
         BeamDecoder(LETTERS, Beam(lm=str(tmp_path / "nowhere.arpa")))
     binary = tmp_path / "lm.bin"

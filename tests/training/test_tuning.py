@@ -109,6 +109,14 @@ def test_labels_that_cannot_be_said_are_named(text: str, said: str) -> None:
         task.parse(text)
 
 
+@pytest.mark.parametrize("text", ["nan", "-inf", "1e999", "high", "1,5"])
+def test_a_regression_takes_finite_numbers_alone(text: str) -> None:
+    task = Task(head="image_classification", outputs=1)
+    assert task.parse("-1.5e-3") == -1.5e-3
+    with pytest.raises(ValueError, match=f"label '{text}' is no number, task.outputs=1 needs one"):
+        task.parse(text)
+
+
 def test_wrong_tasks_are_errors() -> None:
     for overrides, said in (
         (["modalities.image.data.batch=7"], "batch=7 must be even"),

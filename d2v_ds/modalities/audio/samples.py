@@ -205,7 +205,7 @@ class Transcripts:
     def __call__(self, text: str) -> list[int]:
         if not text:
             raise ValueError(
-                f"no transcript: '{self.where}' is not in it; name its member or json key, task.label="
+                f"no transcript: '{self.where}' is not in it, or empty; name its member or json key, task.label="
             )
         return self.vocabulary.encode(text)
 
