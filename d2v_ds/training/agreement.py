@@ -59,7 +59,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return {
         key: value
         for key, value in dotted_keys(recipe).items()
-        if key not in LOCAL and not key.endswith((".data.shards", ".data.corpora"))
+        if key not in LOCAL and not key.endswith((".data.shards", ".data.corpora", ".data.tokenizer"))
     }
 
 

@@ -76,10 +76,10 @@ class Start:
         return crc
 
 
-def read_start(recipe: Recipe, files: dict[str, str] | None = None) -> Start:
+def read_start(recipe: Recipe, hashes: dict[str, str] | None = None) -> Start:
     """What `recipe.init` gives to a run of the recipe; nothing if it is not set.
 
-    `files`: by modality the sha256 of the tokenizer that the run reads with; another than that of the weights is noted.
+    `hashes`: by modality the sha256 of the tokenizer that the run reads with; another than the file's is noted.
 
     Raises ValueError for a file that cannot be read, that shares no modality with the recipe, or whose weights do
     not fit: with the list of them and the keys to set.
@@ -113,7 +113,7 @@ def read_start(recipe: Recipe, files: dict[str, str] | None = None) -> Start:
         f"{', '.join(stored.recipe.modalities)}, for a run of {', '.join(recipe.modalities)}",
         *describe(expected, start, stored, copied, unused),
         *other_settings(recipe, stored, modalities),
-        *other_tokenizer(stored, (files or {}).get("text")),
+        *other_tokenizer(stored, (hashes or {}).get("text")),
         *([] if recipe.task else [describe_updates(start, recipe, stored)]),
     ]
     return start

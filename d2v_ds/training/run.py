@@ -287,8 +287,10 @@ def train_until_asked(recipe: Recipe, deepspeed: str | None, given: Sequence[str
     sources = together(lambda: cut_windows(opened, windows))
     if saved:
         together(lambda: check_same_data(sources, saved))
-    begin = Start() if saved else together(lambda: read_start(recipe, file_hashes(sources)))
-    agree({"data": fingerprints(sources), "checkpoint": str(start), "init": begin.fingerprint()})
+    hashes = file_hashes(sources)
+    begin = Start() if saved else together(lambda: read_start(recipe, hashes))
+    facts = {"data": fingerprints(sources), "files": hashes, "checkpoint": str(start)}
+    agree({**facts, "init": begin.fingerprint()})
     probes = open_probes_together(recipe, sources, rank)
     examiner = together(lambda: open_examiner(recipe, sources))
     run = build_run(recipe, ds_config, sources, saved, begin, device, rank, world, probes, examiner)
