@@ -15,6 +15,7 @@ import argparse
 import csv
 import functools
 import hashlib
+import io
 import json
 import os
 import stat
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 
 from shards.listing import Found, Part, Skipped, Stored, draw_split, make_key
 from shards.prepare import Job, Source
+from shards.rows import LONGEST_FIELD
 
 MODALITIES = {
     "image": ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm"),
@@ -221,6 +223,8 @@ def add_folder_labels(items: list[Item], root: Path, others: list[Skipped]) -> l
 def find_rows(job: Job, source: Path, arguments: argparse.Namespace) -> Source:
     """The samples that a table lists."""
     rows, root = read_table(source)
+    if not rows:
+        raise ValueError(f"{source} holds no row; give a table with a header, and a line for each sample")
     root = Path(os.path.abspath(arguments.root or root))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     path, text, label = (
@@ -267,18 +271,29 @@ def read_table(path: Path) -> tuple[list[dict[str, Any]], Path]:
     if kind not in TABLES:
         raise ValueError(f"{path} is neither a folder nor a table; a table ends in {', '.join(TABLES)}")
     try:
-        lines = path.read_text(encoding="utf-8-sig")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
+    lines = content.split("\n")  # not splitlines: U+2028, U+0085 and others stand inside captions
     if kind == ".jsonl":
         return [
-            read_line(path, number, line) for number, line in enumerate(lines.splitlines(), 1) if line
+            read_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()
         ], path.parent
-    if kind == ".tsv" and "\t" not in lines.partition("\n")[0] and "\t" in lines:
-        root, *rest = lines.splitlines()  # fairseq: the root, then path and frames
+    if kind == ".tsv" and "\t" not in lines[0] and "\t" in content:
+        root, *rest = lines  # fairseq: the root, then path and frames
         return [{"path": line.split("\t")[0]} for line in rest if line], path.parent / root
     options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
-    rows = list(csv.DictReader(lines.splitlines(keepends=True), strict=True, **options))
+    csv.field_size_limit(LONGEST_FIELD)
+    reader = csv.DictReader(io.StringIO(content), strict=True, **options)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} after line {reader.line_num}: {error}; close each quote, and write one inside a field twice"
+        ) from error
+    names = reader.fieldnames or []
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path} has the column {', '.join(twice)} twice; it must be clear which is meant")
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
             raise ValueError(

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from shards.listing import Found, Skipped
 
 KINDS = (".tsv", ".csv", ".jsonl", ".parquet")
+LONGEST_FIELD = 1 << 30
+"""Characters of a text in a table; csv's own limit is 131,072."""
 MAX_BAD = 0.01
 """Share of rows that may be unusable."""
 COLUMNS = ("text", "text_b", "label")
@@ -169,6 +171,7 @@ def as_number(value: Any, where: str) -> float:
 
 def _read_fields(path: Path) -> Iterator[Numbered]:
     """Fields of each line of TSV or record of CSV, numbered from 1."""
+    csv.field_size_limit(LONGEST_FIELD)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with path.open(encoding="utf-8-sig", newline="") as file:
         if delimiter == ",":

@@ -248,6 +248,20 @@ def test_a_table_of_texts_needs_no_files(tmp_path):
     assert samples["000000002"] == {"txt": b"text 2\nof two lines", "json": b'{"id": 2}'}
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_a_row_ends_at_a_line_feed_and_nowhere_else(tmp_path, kind):
+    """Captions of the web hold U+2028, U+0085 and form feeds, and may be long."""
+    texts = ["a\u2028b", "c\u0085d", "e\x0cf\x0bg\x1ch", "x" * 200_000]
+    write = {
+        "csv": lambda: "text\n" + "\n".join(texts) + "\n",
+        "tsv": lambda: "text\tn\n" + "\n".join(f"{text}\t1" for text in texts),
+        "jsonl": lambda: "\n \n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts),
+    }
+    write_tree(tmp_path, {f"t.{kind}": write[kind]()})
+    samples = fold(tmp_path / f"t.{kind}", tmp_path / "out")
+    assert [samples[key]["txt"].decode() for key in sorted(samples)] == texts
+
+
 def test_labels_that_are_whole_numbers_stay_and_other_numbers_are_no_classes(tmp_path):
     source = write_tree(tmp_path / "src", {"1.jpg": b"1", "2.jpg": b"2"})
     (source / "whole.csv").write_text("path,label\n1.jpg,7\n2.jpg,-1\n")
@@ -276,6 +290,10 @@ def test_rows_without_their_file_and_rows_that_come_twice_are_listed(tmp_path):
         ("t.csv", "a,b\n1,2\n", "none says where files are"),
         ("t.csv", "path,b\n1.jpg\n", "row 2 has more or fewer fields"),
         ("t.csv", b"path\n\xff\xfe\n", "is not UTF-8"),
+        ("t.csv", 'path,text\n1.jpg,x\n2.jpg,"a"b\n', "after line 2: ',' expected after '\"'"),
+        ("t.csv", 'path,text\n1.jpg,"a\n', "unexpected end of data; close each quote"),
+        ("t.csv", "path,text,text\n1.jpg,a,b\n", "has the column text twice"),
+        ("t.csv", "path,text\n", "t.csv holds no row"),
         ("t.jsonl", '{"path": "a.jpg"}\n{"path"\n', "line 2 is no JSON"),
         ("t.jsonl", "[1]\n", "line 1 is no JSON object"),
         ("t.jsonl", '{"path": "1.jpg", "split": "a/b"}\n', "split 'a/b' becomes part of file names"),

@@ -52,6 +52,12 @@ def test_every_kind_of_table_gives_the_same_samples(tmp_path):
         assert [path.name for path in out.glob("*.tar")] == ["texts-train-000000.tar"]
 
 
+def test_a_text_of_a_csv_may_be_longer_than_its_reader_takes_by_default(tmp_path):
+    table = tmp_path / "mine.csv"
+    table.write_text("text,label\n" + "x" * 200_000 + ",1\nshort,0\n")
+    assert sorted(len(row["text"]) for row in make(table, tmp_path / "out")) == [5, 200_000]
+
+
 def test_columns_classes_and_splits_are_as_they_are_named(tmp_path):
     rows = [{"stars": r["label"], "review": r["text"]} for r in ROWS]
     train, dev = write(tmp_path / "t.tsv", rows), write(tmp_path / "d.jsonl", rows[:4])
