@@ -210,7 +210,9 @@ def add_folder_labels(items: list[Item], root: Path, others: list[Skipped]) -> l
     number = {name: str(place) for place, name in enumerate(classes)}
     for place, parts in reversed(list(enumerate(folders))):
         if not parts:
-            others.append(Skipped(items[place].files[0][1], "lies in no folder, so it has no label"))
+            others.extend(
+                Skipped(path, "lies in no folder, so it has no label") for _, path in items[place].files
+            )
             del items[place]
         elif not any(ending == "cls" for ending, _ in items[place].files):
             items[place].texts["cls"] = number[parts[0]]

@@ -88,12 +88,13 @@ def test_two_runs_write_the_same_bytes_whatever_the_number_of_workers(tmp_path):
 def test_folders_become_labels_and_class_names(tmp_path):
     """Sorted; a file in no folder is left out, and said."""
     source = write_images(tmp_path / "photos", 30)
-    write_tree(source, {"loose.jpg": b"x"})
+    write_tree(source, {"loose.jpg": b"x", "loose.txt": b"y"})
     samples = fold(source, tmp_path / "out", "--labels", "folder")
     assert json.loads((tmp_path / "out/classes.json").read_text()) == ["a", "b", "c"]
     assert len(samples) == 30
     assert all(members["cls"] == b"%d" % "abc".index(key[0]) for key, members in samples.items())
-    assert skipped(tmp_path / "out") == {str(source / "loose.jpg"): "lies in no folder, so it has no label"}
+    loose = [str(source / name) for name in ("loose.jpg", "loose.txt")]
+    assert skipped(tmp_path / "out") == dict.fromkeys(loose, "lies in no folder, so it has no label")
 
 
 def test_files_of_one_name_make_one_sample(tmp_path):
