@@ -342,7 +342,7 @@ def is_number(value: Any, kind: type) -> bool:
         kind(value)
     except ValueError:
         return False
-    return not isinstance(value, bool)
+    return not isinstance(value, bool) and "_" not in str(value)  # Python reads a class 1_0 as 10
 
 
 def refuse_splits(items: list[Item]) -> None:

@@ -272,6 +272,9 @@ def test_labels_that_are_whole_numbers_stay_and_other_numbers_are_no_classes(tmp
     real = fold(source / "real.csv", tmp_path / "real")
     assert real["2"] == {"jpg": b"2", "json": b'{"label": "0.5"}'}
     assert not (tmp_path / "real/classes.json").exists()
+    (source / "names.csv").write_text("path,label\n1.jpg,10\n2.jpg,1_0\n")
+    names = fold(source / "names.csv", tmp_path / "names")
+    assert {key: members["cls"] for key, members in names.items()} == {"1": b"0", "2": b"1"}
 
 
 def test_rows_without_their_file_and_rows_that_come_twice_are_listed(tmp_path):
