@@ -248,7 +248,9 @@ def find_rows(job: Job, source: Path, arguments: argparse.Namespace) -> Source:
     items = []
     for number, row in enumerate(rows):
         extra = {name: value for name, value in row.items() if name not in taken}
-        texts = {"txt": str(row[text])} if text and row.get(text) not in (None, "") else {}
+        texts = {}
+        if text and row.get(text) not in (None, "", []):
+            texts["txt"] = as_text(row[text], f"{source}: row {number + 1}")
         if labels and labels[number] is not None:
             texts["cls"] = labels[number]
         if extra:
@@ -307,11 +309,26 @@ def read_table(path: Path) -> tuple[list[dict[str, Any]], Path]:
 def read_line(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+        if "\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path}: line {number} has half of a pair of surrogates ({error}), which no text can hold; correct it"
+        ) from error
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: line {number} is no JSON ({error}); a line holds one object") from error
     if not isinstance(row, dict):
         raise ValueError(f"{path}: line {number} is no JSON object {{...}}, but {type(row).__name__}")
     return row
+
+
+def as_text(value: Any, where: str) -> str:
+    """A text; several of one file, in a list, become its lines, as where shards are read."""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return "\n".join(value)
+    if isinstance(value, (list, dict)):
+        raise ValueError(f"{where}: text {str(value)[:60]} is neither a text nor a list of them; correct it")
+    return str(value)
 
 
 def choose_column(given: str | None, names: Iterable[str], columns: list[str], source: Path) -> str | None:

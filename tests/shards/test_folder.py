@@ -247,6 +247,9 @@ def test_a_table_of_texts_needs_no_files(tmp_path):
     )
     samples = fold(table, tmp_path / "out")
     assert samples["000000002"] == {"txt": b"text 2\nof two lines", "json": b'{"id": 2}'}
+    several = write_tree(tmp_path, {"several.jsonl": '{"text": ["one", "two"]}\n{"text": 3}\n'})
+    samples = fold(several / "several.jsonl", tmp_path / "several")
+    assert samples == {"000000000": {"txt": b"one\ntwo"}, "000000001": {"txt": b"3"}}
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
@@ -300,6 +303,9 @@ def test_rows_without_their_file_and_rows_that_come_twice_are_listed(tmp_path):
         ("t.csv", "path,text\n", "t.csv holds no row"),
         ("t.jsonl", '{"path": "a.jpg"}\n{"path"\n', "line 2 is no JSON"),
         ("t.jsonl", "[1]\n", "line 1 is no JSON object"),
+        ("t.jsonl", '{"text": "a"}\n{"text": "\\ud800"}\n', "line 2 has half of a pair of surrogates"),
+        ("t.jsonl", "[" * 100_000, "line 1 is no JSON (maximum recursion"),
+        ("t.jsonl", '{"text": "a"}\n{"text": {"en": "b"}}\n', "row 2: text {'en': 'b'} is neither"),
         ("t.jsonl", '{"path": "1.jpg", "split": "a/b"}\n', "split 'a/b' becomes part of file names"),
         ("t.parquet", "", "neither a folder nor a table"),
     ],
