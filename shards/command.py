@@ -10,6 +10,8 @@ from types import ModuleType
 from shards import folder, glue, imagenet, librispeech, openwebtext, table
 from shards.prepare import SHARD_MIB, prepare
 
+MOST_MIB = 1 << 30
+
 PREPARERS: dict[str, tuple[ModuleType, str]] = {
     "folder": (folder, "a tree of images, sounds or texts, or a CSV, TSV or JSONL table of them"),
     "librispeech": (
@@ -29,7 +31,12 @@ def main(argv: list[str] | None = None, prog: str = "d2v prepare") -> int:
     try:
         job = arguments.make_job(arguments)
         job.name = arguments.name or job.name
-        job.seed, job.workers = arguments.seed, arguments.workers or job.workers
+        job.seed = arguments.seed
+        job.workers = job.workers if arguments.workers is None else arguments.workers
+        if not 0 < arguments.shard_mib < MOST_MIB:
+            raise ValueError(
+                f"--shard-mib {arguments.shard_mib} must be above 0 and below {MOST_MIB}; {SHARD_MIB} is usual"
+            )
         job.shard_bytes = round(arguments.shard_mib * (1 << 20))
         job.say = print
         prepare(job)

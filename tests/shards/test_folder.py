@@ -357,7 +357,16 @@ def test_a_finished_folder_says_so_and_refuses_other_settings(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--val", 1), ("--shard-mib", 0), ("--name", "a/b"), ("--seed", -1), ("--workers", -1), ("--root", "x")],
+    [
+        ("--val", 1),
+        ("--shard-mib", 0),
+        ("--shard-mib", "inf"),
+        ("--name", "a/b"),
+        ("--seed", -1),
+        ("--workers", -1),
+        ("--workers", 0),
+        ("--root", "x"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused_in_one_line(tmp_path, arguments):
     source = write_tree(tmp_path / "src", {"a.csv": "path\na.jpg\n"})
