@@ -391,14 +391,14 @@ def give(scratch: Path, others: list[Skipped]) -> list[Skipped]:
 
 
 def make_notes(items: list[Item]) -> list[str]:
-    """How many of each modality, and what a recipe must be told to read them."""
-    endings = Counter(ending for item in items for ending, _ in item.files)
-    endings["txt"] = endings["txt"] + sum("txt" in item.texts for item in items)
+    """How many of each modality were listed, left out or not, and what a recipe must be told to read them."""
+    endings = Counter(e for item in items for e in {*(ending for ending, _ in item.files), *item.texts})
     notes = []
     for modality, known in MODALITIES.items():
         counts = {ending: endings[ending] for ending in known if endings[ending]}
         if counts:
-            notes.append(f"{modality}: " + ", ".join(f"{count} {ending}" for ending, count in counts.items()))
+            listed = ", ".join(f"{count} {ending}" for ending, count in counts.items())
+            notes.append(f"{modality}: {listed} in the source")
         unread = [ending for ending in counts if ending not in READ[modality].split(";")]
         if unread:
             fields = ";".join([READ[modality], *unread])
