@@ -13,7 +13,14 @@ from d2v_ds import __version__
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+
+
+def run(argv: list[str]) -> int:
     if argv[:1] == ["train"]:  # its own parser: DeepSpeed's spellings and key=value overrides
         from d2v_ds.training.signals import listen
 

@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from d2v_ds.data.progress import ProgressLine
@@ -44,6 +46,10 @@ def _results(job: Callable[[Any], Any], items: list[Any], workers: int) -> Itera
     with ProcessPoolExecutor(workers, mp_context=fork, initializer=_set_job, initargs=(job,)) as pool:
         try:
             yield from pool.map(_run_job, items)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"a process of {workers} was killed, for want of memory perhaps; with fewer workers each has more"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -51,6 +57,8 @@ def _results(job: Callable[[Any], Any], items: list[Any], workers: int) -> Itera
 def _set_job(job: Callable[[Any], Any]) -> None:
     global _job
     _job = job
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a run decides when it ends
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C goes to all, and one word of it is enough
 
 
 def _run_job(item: Any) -> Any:

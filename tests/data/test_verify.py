@@ -1,6 +1,8 @@
 """`d2v verify` names every shard and sample that is not as it was indexed, and nothing else."""
 
 import json
+import os
+import signal
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from tars import payload, write_tar
 
 from d2v_ds.cli import main
 from d2v_ds.data import build_index, ensure_index
+from d2v_ds.data.parallel import map_shards
 
 Writer = Callable[..., list[Path]]
 END = 1024
@@ -158,3 +161,19 @@ def test_a_file_that_is_no_tar_is_a_problem(tmp_path, capsys):
         pass
     code, found = verify(capsys, tmp_path)
     assert code == 1 and found["bad_shards"] == 2
+
+
+def test_a_process_that_is_killed_and_ctrl_c_end_in_one_line(shards, capfd, monkeypatch):
+    def die(_: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(ValueError, match="a process of 2 was killed, for want of memory perhaps"):
+        map_shards(die, [1, 2], 2, None, "killed")
+
+    def interrupt(*_: object) -> None:
+        os.kill(os.getppid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("d2v_ds.data.verify._verify_file", interrupt)
+    assert main(["verify", "--workers", "2", *map(str, shards)]) == 130
+    assert "Traceback" not in (said := capfd.readouterr().err) and said.endswith("stopped\n")
