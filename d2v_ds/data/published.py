@@ -24,6 +24,7 @@ Said = list[tuple[Folder, Published]]
 """What each of some folders says of the shards in and below it"""
 Read = Callable[[str], bytes | None]
 
+_KINDS = {"samples": int, "size": int, "sha256": str}
 ENERGON_INFO = (".nv-meta/.info.json", ".nv-meta/.info.yaml")
 
 
@@ -31,12 +32,12 @@ def published_rows(read: Read) -> Published:
     """What files that describe a whole folder say of each shard in it."""
     rows: Published = {}
     for split in _splits(read, "manifest.json"):
-        for row in split.get("shards") or ():
-            rows.setdefault(row.get("file"), []).append({**row, "source": "manifest.json"})
+        for row in _list(split, "shards"):
+            if isinstance(row, dict):
+                said = {key: row[key] for key, kind in _KINDS.items() if isinstance(row.get(key), kind)}
+                rows.setdefault(str(row.get("file")), []).append({**said, "source": "manifest.json"})
     for split in _splits(read, "_info.json"):
-        for name, samples in zip(
-            split.get("filenames") or (), split.get("shard_lengths") or (), strict=False
-        ):
+        for name, samples in zip(_list(split, "filenames"), _list(split, "shard_lengths"), strict=False):
             rows.setdefault(str(name), []).append({"samples": samples, "source": "_info.json"})
     for name in ENERGON_INFO:
         counts = _mapping(read(name)).get("shard_counts")
@@ -71,7 +72,7 @@ def missing_shards(paths: list[Path]) -> list[Path]:
     for folder in dict.fromkeys(path.parent for path in paths):
         used = {path.name for path in paths if path.parent == folder}
         read = LocalFolder(folder).read
-        names = [list(map(str, split.get("filenames") or ())) for split in _splits(read, "_info.json")]
+        names = [list(map(str, _list(split, "filenames"))) for split in _splits(read, "_info.json")]
         missing += [
             folder / name
             for listed in names
@@ -113,13 +114,18 @@ def _splits(read: Read, name: str) -> list[dict[str, Any]]:
     return [split for split in splits.values() if isinstance(split, dict)] if isinstance(splits, dict) else []
 
 
+def _list(split: dict[str, Any], name: str) -> list[Any]:
+    value = split.get(name)
+    return value if isinstance(value, list) else []
+
+
 def _mapping(content: bytes | None) -> dict[str, Any]:
     """A JSON or YAML object; empty for anything else."""
     try:
         value = json.loads(content or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             value = yaml.safe_load(content or b"")
-        except (yaml.YAMLError, UnicodeDecodeError):
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: no UTF-8, or a day 2024-13-45
             return {}
     return value if isinstance(value, dict) else {}

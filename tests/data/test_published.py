@@ -72,6 +72,29 @@ def test_counts_that_differ_are_named(tmp_path, caplog, capsys):
     assert "3 shards are not in order" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("manifest.json", '{"splits": {"train": {"shards": ["a.tar"]}}}'),
+        (
+            "manifest.json",
+            '{"splits": {"train": {"shards": [{"file": ["a.tar"], "size": "x", "sha256": 5}]}}}',
+        ),
+        ("manifest.json", '{"splits": {"train": {"shards": 5}}}'),
+        ("_info.json", '{"splits": {"train": {"filenames": 3, "shard_lengths": 5}}}'),
+        ("_info.json", '{"splits": {"train": {"filenames": ["a.tar"], "shard_lengths": ["many"]}}}'),
+        ("_info.json", "[" * 100_000),
+        ("a_stats.json", "day: 2024-13-45"),
+    ],
+)
+def test_what_is_not_understood_is_left_alone(tmp_path, caplog, file, content):
+    """Files of these names are of many tools."""
+    write_tar(tmp_path / "a.tar", {"a.txt": "x"})
+    (tmp_path / file).write_text(content)
+    assert len(found(tmp_path, "txt")) == 1 and not caplog.records
+    assert main(["verify", str(tmp_path)]) == 0
+
+
 def test_an_index_of_another_tool_that_differs_stays_and_is_not_used(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("D2V_INDEX_DIR", str(tmp_path / "indexes"))
     root = energon(tmp_path / "data")
