@@ -83,6 +83,19 @@ def missing_shards(paths: list[Path]) -> list[Path]:
     return missing
 
 
+def lost_shards(folder: Folder, used: set[str]) -> dict[str, str]:
+    """Name -> who lists it, of shards that are not there, of splits whose others are all among `used`."""
+    lost: dict[str, str] = {}
+    for source in ("manifest.json", "_info.json"):
+        for split in _splits(folder.read, source):
+            rows = (row.get("file") for row in _list(split, "shards") if isinstance(row, dict))
+            names = {str(name) for name in (*rows, *_list(split, "filenames"))}
+            others = sorted(names - used)
+            if names & used and not any(map(folder.has, others)):
+                lost |= {name: source for name in others if name not in lost}
+    return lost
+
+
 def _img2dataset_rows(path: Path) -> list[dict[str, Any]]:
     """Samples whose download succeeded: the others are in the tables, but have no member in the tar."""
     stats = path.with_name(f"{path.stem}_stats.json")

@@ -19,7 +19,7 @@ from d2v_ds.data.cache import RemoteShard, acquire, drop
 from d2v_ds.data.folders import Folder, folder_of
 from d2v_ds.data.index import Shard
 from d2v_ds.data.parallel import Progress, map_shards
-from d2v_ds.data.published import Said, published_in, rows_of
+from d2v_ds.data.published import Said, lost_shards, published_in, rows_of
 from d2v_ds.data.reader import CorruptSample, ShardReader
 from d2v_ds.data.scan import MEMBER, Scan, scan_tar
 from d2v_ds.data.shard import ShardIndex, find_remote_index, read_record, stored_index
@@ -45,11 +45,18 @@ class Report:
 def verify_shards(
     paths: list[Shard], workers: int | None = None, progress: Progress | None = print
 ) -> list[Report]:
-    """One report for each shard, in their order."""
-    folders = dict.fromkeys(folder for shard in paths if (folder := folder_of(shard)))
-    said = {folder: published_in(folder) for folder in folders}
+    """One report for each shard, in their order, then one for each that is missing."""
+    used: dict[Folder, set[str]] = {}
+    for shard in paths:
+        if folder := folder_of(shard):
+            used.setdefault(folder, set()).add(folder.name_of(shard))
+    said = {folder: published_in(folder) for folder in used}
     job = functools.partial(verify_shard, said=said)
-    return map_shards(job, paths, workers, progress, "verified")
+    return map_shards(job, paths, workers, progress, "verified") + [
+        Report(f"{folder}/{name}", problems=[f"it is not there, but {source} lists it"])
+        for folder, names in used.items()
+        for name, source in lost_shards(folder, names).items()
+    ]
 
 
 def verify_shard(shard: Shard, said: dict[Folder | None, Said]) -> Report:

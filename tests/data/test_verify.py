@@ -131,6 +131,22 @@ def test_what_was_published_is_compared(shards, capsys, file):
         assert "sha256" in only_problem(found, shards[1])
 
 
+@pytest.mark.parametrize("file", ["manifest.json", "_info.json"])
+def test_a_shard_that_is_listed_and_not_there_is_a_problem(shards, capsys, file):
+    """Unless only some of those that are there are verified."""
+    names = [path.name for path in shards]
+    rows = {
+        "manifest.json": {"shards": [{"file": name} for name in names]},
+        "_info.json": {"filenames": names, "shard_lengths": [7] * 3},
+    }
+    (shards[0].parent / file).write_text(json.dumps({"splits": {"train": rows[file]}}))
+    assert verify(capsys, *shards)[0] == 0
+    shards[1].unlink()
+    code, found = verify(capsys, shards[0].parent)
+    assert code == 1 and only_problem(found, shards[1]) == f"it is not there, but {file} lists it"
+    assert verify(capsys, shards[0])[0] == 0
+
+
 def test_keys_with_dots_are_told(tmp_path, capsys):
     path = write_tar(tmp_path / "a.tar", [(f"a.{i}.jpg", b"x") for i in range(3)])
     code, found = verify(capsys, path)
