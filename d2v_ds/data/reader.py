@@ -203,7 +203,7 @@ class ShardReader:
     def _json_value(self, sample: int, content: bytes, key: str, may_be_absent: bool) -> bytes:
         try:
             value = json.loads(content).get(key)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise self.corrupt(sample, "its JSON is not an object") from error
         if value in (None, []) and may_be_absent:
             return b""

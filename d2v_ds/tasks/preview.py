@@ -137,7 +137,7 @@ def _as_text(content: bytes, is_shown: bool) -> dict[str, Any] | None:
     found = {"kind": "text", "length": len(text), "what": f"{len(text)} characters"}
     try:
         value = json.loads(content) if text[:1] in "{[" else None
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict):
         found["what"] = "json: " + ", ".join(map(str, value))

@@ -54,6 +54,7 @@ def test_a_member_is_known_by_its_bytes():
     assert recognise(b'{"a": 1}', False)["what"] == "json: a"
     assert recognise(b"\x80\x04\x95cos\nsystem", False)["kind"] == "bytes"  # a pickle is never opened
     assert recognise(b"", False)["kind"] == "text"
+    assert recognise(b"[" * 100_000, False)["what"] == "100000 characters"
 
 
 def test_what_rotted_is_told_in_text_and_picture(folder, tmp_path, capsys):
