@@ -66,6 +66,10 @@ def samples_with(index: ShardIndex, fields: Fields) -> np.ndarray | None:
             continue  # the usual shard: no column is touched
         ids = [i for i, extension in enumerate(index.extension_counts) if extension in wanted]
         members = index.members()
+        if len(members) and members["sample"].max() >= index.num_samples:
+            raise ValueError(
+                f"{index}: its .tar.members.npy is damaged; delete its .tar.json, and it is built anew"
+            )
         has_field = np.zeros(index.num_samples, dtype=bool)
         has_field[members["sample"][np.isin(members["field"], ids)]] = True
         usable &= has_field
@@ -119,7 +123,7 @@ class ShardReader:
         contents, rows = {}, sample * self._stride
         for name, field, place in self._usual:  # a sixth less of all that a small sample takes
             _, found, offset, size, crc32 = _ROW.unpack_from(self._rows_bytes, rows + place)
-            if found != field:
+            if found != field or offset + size > self.index.size:
                 break
             content = self._pread(size, offset)
             if len(content) < size or crc32_of(content) != crc32:
@@ -139,12 +143,16 @@ class ShardReader:
 
     def members(self, sample: int) -> dict[str, bytes]:
         """The bytes of all members by extension, whatever fields are read; CorruptSample as `read`."""
-        return {self._extensions[row[1]]: self._read_member(sample, row) for row in self._rows(sample)}
+        rows = list(self._rows(sample))
+        if any(row[1] >= len(self._extensions) for row in rows):
+            raise self.corrupt(sample, "its index is damaged, as a member has no extension")
+        return {self._extensions[row[1]]: self._read_member(sample, row) for row in rows}
 
     def key(self, sample: int) -> str:
         """The sample's key, from its header in the tar: keys are wanted only for messages, so not indexed."""
-        offset = int(self._offsets[sample])
-        first_row = next(self._rows(sample))
+        offset, first_row = int(self._offsets[sample]), next(self._rows(sample), None)
+        if first_row is None or not offset < first_row[2] < self.index.size:
+            return f"sample {sample}"  # the index is damaged
         headers = self._pread(first_row[2] - offset, offset)
         try:
             with tarfile.open(fileobj=io.BytesIO(headers), mode="r:") as tar:
@@ -189,10 +197,12 @@ class ShardReader:
                 return self._json_value(sample, content, json_key, may_be_absent=places[-1][0] < 0)
             if place < 0:
                 return b""
-        raise AssertionError(f"{self.index.path.name} sample {sample} without {self.fields} was not left out")
+        raise self.corrupt(sample, "its index is damaged, as a member is not where it was listed")
 
     def _read_member(self, sample: int, row: Row) -> bytes:
         _, _, offset, size, crc32 = row
+        if offset + size > self.index.size:
+            raise self.corrupt(sample, "its index is damaged, as it lies outside the tar")
         content = self._pread(size, offset)
         if len(content) < size:
             raise self.corrupt(sample, "the tar ends inside it")

@@ -240,6 +240,33 @@ def test_a_changed_byte_and_a_cut_tar_are_corrupt_samples(write_shards: Writer) 
     assert corpus.read(3)["content"] == payload(0, 3)
 
 
+@pytest.mark.parametrize("column", ["sample", "field", "offset", "size"])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_damaged_index_gives_corrupt_samples(tmp_path: Path, column: str, mixed: bool) -> None:
+    """Bytes of `members.npy` that rot say nothing that the reader dies of."""
+    names = ["a.bin", "a.cls", "b.bin", "b.cls", "c.bin", *(["c.txt"] if mixed else [])]
+    path = write_tar(tmp_path / "a.tar", [(name, b"x" * 600) for name in names])
+    members = build_index(path).members().copy()
+    members[column] = np.iinfo(members[column].dtype).max
+    file = tmp_path / "a.tar.members.npy"
+    file.write_bytes(file.read_bytes()[: -members.nbytes] + members.tobytes())
+    fields = {"content": "bin"} if not mixed or column != "field" else {"content": "bin;"}
+    try:
+        corpus = open_quietly([path], fields)
+    except ValueError as error:
+        assert "members.npy is damaged; delete its .tar.json" in str(error) or "has {" in str(error)
+        return
+    for i in range(len(corpus)):
+        assert corpus.key(i).startswith("a.tar:")
+        for read in (corpus.read, lambda i: corpus._reader(0).members(i)):
+            try:
+                assert read(i) in ({"content": b""}, {})
+            except CorruptSample as error:
+                assert error.key
+    (tmp_path / "a.tar.idx").write_bytes(b"\xff" * (tmp_path / "a.tar.idx").stat().st_size)
+    assert open_quietly([path], fields).key(0) == "a.tar:sample 0"
+
+
 def test_few_files_are_open_at_a_time(write_shards: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("d2v_ds.data.index.MAX_OPEN_SHARDS", 2)
     gc.collect()
