@@ -113,9 +113,9 @@ def _as_sound(content: bytes, is_shown: bool) -> dict[str, Any] | None:
     try:
         frames, rate = sound_size(content)
     except ValueError as error:
-        if "above the limit" in str(error):
-            return {"kind": "sound", "length": math.nan, "what": "sound", "fault": str(error)}
-        return None
+        if "undecodable" in str(error):
+            return None
+        return {"kind": "sound", "length": math.nan, "what": "sound", "fault": str(error)}
     found = {"kind": "sound", "length": frames / rate, "what": f"{rate} Hz, {frames / rate:.2f} s"}
     if is_shown:
         try:

@@ -323,6 +323,22 @@ def test_a_sound_whose_header_claims_weeks_is_an_error(read: Callable) -> None:
         read(bytes(data))
 
 
+def test_a_sound_without_samples_or_without_a_length_is_named(tmp_path: Path) -> None:
+    """Whatever its rate; a stream of FLAC has no length in its header."""
+    stream = bytearray(sound(tone(8000), form="flac"))
+    stream[21] &= 0xF0
+    stream[22:26] = bytes(4)
+    for rate in (16_000, 44_100):
+        with pytest.raises(ValueError, match="sound without samples"):
+            decode_sound(sound(np.zeros(0), rate))
+    with pytest.raises(ValueError, match="does not say how long it is"):
+        decode_sound(bytes(stream))
+    write_shard(tmp_path / "a.tar", "wav", [sound(tone(8000)), sound(np.zeros(0)), bytes(stream)])
+    open_source("audio", config_of("audio", "data.shards=a.tar", "data.fields=wav"), str(tmp_path))
+    (faults,) = tmp_path.glob("*.faults.jsonl")
+    assert faults.read_text().count("without samples") == faults.read_text().count("how long") == 1
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_sound_with_samples_that_are_not_finite_is_an_error(value: float) -> None:
     """A wav of floats can hold them."""

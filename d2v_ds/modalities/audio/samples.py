@@ -27,6 +27,7 @@ from d2v_ds.model.tuned import Task, as_labels
 RATE = 16_000
 LOUDEST = 1e15  # of PCM of 32 bits: 2e9; squares of larger values, and their sum, leave fp32
 MAX_TAPS = 10**8
+UNKNOWN = 2**63 - 1  # frames that libsndfile gives where a FLAC says none
 MAX_SECONDS = 3600  # a longer one, or a header that lies, would fill the memory of a worker
 
 
@@ -223,11 +224,17 @@ def num_frames(samples: int, conv_layers: tuple[tuple[int, int, int], ...]) -> i
 
 
 def sound_size(data: bytes) -> tuple[int, int]:
-    """(frames, rate) of a sound's header; ValueError if there is none, or it says more than MAX_SECONDS."""
+    """(frames, rate) of a sound's header; ValueError if there is none, or it says nothing or more than MAX_SECONDS."""
     try:
         info = soundfile.info(io.BytesIO(data))
     except soundfile.LibsndfileError as error:
         raise ValueError(f"undecodable sound: {reason(error)}") from error
+    if info.frames < 1:
+        raise ValueError("sound without samples")
+    if info.frames >= UNKNOWN:
+        raise ValueError(
+            "sound whose header does not say how long it is, as of a stream; encode it anew to a file"
+        )
     if info.frames > MAX_SECONDS * info.samplerate:
         raise ValueError(
             f"sound of {info.frames / info.samplerate:.0f} s by its header is above the limit of "
@@ -243,6 +250,8 @@ def decode_sound(data: bytes) -> Tensor:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"undecodable sound: {reason(error)}") from error
+    if not len(samples):
+        raise ValueError("sound without samples, although its header says some")
     waveform = torch.from_numpy(samples.mean(axis=1))
     if not bool(torch.isfinite(waveform).all()):
         raise ValueError("sound with samples that are not finite")
