@@ -143,6 +143,16 @@ def test_a_damaged_picture_is_decoded_or_a_value_error(form: str) -> None:
     assert refused > 50
 
 
+def test_postscript_is_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its member is called: `{} loop` has no end."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("it was run"))
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n%%EOF"
+    with pytest.raises(ValueError, match="PostScript is a program"):
+        decode_image(program)
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(("width", "height"), [(10_001, 10_000), (12_000, 12_000), (60_000, 60_000)])
 def test_a_picture_above_the_limit_is_refused_by_its_header(width: int, height: int) -> None:

@@ -182,6 +182,8 @@ def decode_image(data: bytes) -> Image.Image:
     """RGB; ValueError if the bytes are no image, or one above MAX_PIXELS."""
     try:
         image = Image.open(io.BytesIO(data))
+        if image.format == "EPS":  # Pillow hands it to Ghostscript, which may never end
+            raise ValueError("PostScript is a program, not an image, and is never run; store its picture")
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(
                 f"image of {image.width}x{image.height} pixels is above the limit of {MAX_PIXELS}"
