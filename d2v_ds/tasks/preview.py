@@ -249,7 +249,7 @@ def draw(summary: dict[str, Any], samples: list[dict[str, Any]], out: Path) -> N
     for extension, lengths in histograms:
         axis = next(axes)
         axis.stairs(lengths["counts"], lengths["edges"], fill=True)
-        axis.set_title(f".{extension}: {lengths['unit']}", fontsize=8)
+        axis.set_title(_drawable(f".{extension}: {lengths['unit']}").replace("$", r"\$"), fontsize=8)
         axis.tick_params(labelsize=7)
     for _ in range(-len(histograms) % COLUMNS):
         next(axes).axis("off")
@@ -281,7 +281,7 @@ def _is_telling(member: dict[str, Any]) -> bool:
 
 
 def _draw_tile(axis: Any, title: str, member: dict[str, Any]) -> None:
-    title = title if len(title) < 60 else "..." + title[-57:]
+    title = _drawable(title if len(title) < 60 else "..." + title[-57:])
     axis.set_title(title.replace("$", r"\$"), fontsize=7)
     if "waveform" in member:
         seconds = np.arange(len(member["waveform"])) / 16_000
@@ -293,9 +293,14 @@ def _draw_tile(axis: Any, title: str, member: dict[str, Any]) -> None:
         axis.imshow(member["picture"])
         return
     text = f"FAULT: {member['fault']}" if "fault" in member else member["text"]
-    text = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
+    text = "\n".join(map(_drawable, text.split("\n")))
     wrapped = "\n".join(line[i : i + 60] for line in text.splitlines() for i in range(0, len(line), 60))
     axis.text(
         0, 1, "\n".join(wrapped.splitlines()[:12]), fontsize=6, va="top", family="monospace",
         parse_math=False, color="red" if "fault" in member else "black", transform=axis.transAxes,
     )  # fmt: skip
+
+
+def _drawable(text: str) -> str:
+    """Without what no font has: control characters, bytes of names that are no UTF-8."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)

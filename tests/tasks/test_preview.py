@@ -1,12 +1,16 @@
 """`d2v preview` counts members, knows what they are by their bytes, and draws some."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import write_tar
 from PIL import Image
-from ranks import SAMPLE
+from ranks import ROOT, SAMPLE
 
 from d2v_ds.cli import main
 from d2v_ds.data import build_index
@@ -70,6 +74,21 @@ def test_what_rotted_is_told_in_text_and_picture(folder, tmp_path, capsys):
     )
     assert "fault: train-000000: its bytes differ from the index (crc32)" in capsys.readouterr().out
     assert (tmp_path / "a.png").is_file()
+
+
+def test_names_that_are_no_utf8_are_said_and_drawn(tmp_path):
+    """By a command of its own, for pytest's standard output takes any name."""
+    members = {"\udcff$1.txt": "x", "b.t\udcffxt": "yy", "c.t\udcffxt": "z"}
+    path = write_tar(tmp_path / "a.tar", members)
+    offset = int(build_index(path).members()[0]["offset"])
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    command = [sys.executable, "-m", "d2v_ds.cli"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"}
+    for arguments, code in ((["verify"], 1), (["preview", "--out", str(tmp_path / "a.png")], 0)):
+        done = subprocess.run([*command, *arguments, str(path)], env=env, capture_output=True, text=True)
+        assert done.returncode == code and "\\udcff$1" in done.stdout, done.stderr
 
 
 def test_samples_are_spread_evenly():
