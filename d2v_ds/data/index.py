@@ -61,7 +61,7 @@ def expand_shards(patterns: str | list[str]) -> list[Shard]:
     paths = [path for part in parts for path in _expand(part)]
     if not paths:
         raise ValueError(f"shard pattern {patterns!r} is empty; name a tar, a folder of tars or a pattern")
-    for path, count in Counter(paths).items():
+    for path, count in Counter(p.absolute() if isinstance(p, Path) else p for p in paths).items():
         if count > 1:
             raise ValueError(f"{patterns!r} names the shard {path} {count} times; name each shard once")
     return paths
@@ -349,12 +349,14 @@ def _expand(pattern: str) -> Iterator[Shard]:
 
 
 def _expand_name(name: str) -> list[Path]:
-    """A name with brackets may be one; hidden files (of macOS: ._a.tar) are no shards."""
+    """A name with brackets may be one; hidden files (of macOS: ._a.tar) are no shards, nor what a pattern finds
+    beside tars: a.tar.idx."""
     if os.path.isdir(name):
         return sorted(path for path in Path(name).glob("*.tar") if not path.name.startswith("."))
     if os.path.isfile(name):
         return [Path(name)]
-    return sorted(map(Path, glob.glob(name, recursive=True)))
+    found = sorted(map(Path, glob.glob(name, recursive=True)))
+    return [path for path in found if path.suffix == ".tar"] or found
 
 
 def _near(name: str) -> str:

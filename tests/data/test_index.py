@@ -301,6 +301,11 @@ def test_shard_patterns(write_shards: Writer, monkeypatch: pytest.MonkeyPatch) -
     assert expand_shards([str(c), f"{folder}/*-00000[01].tar"]) == [c, a, b]
     monkeypatch.setenv("HOME", str(folder.parent))
     assert expand_shards("~/shards") == [a, b, c]
+    ensure_index([a, b, c], progress=None)
+    assert expand_shards(f"{folder}/*") == expand_shards(f"{folder}/**") == [a, b, c]
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=f"the shard {a} 2 times"):
+        expand_shards([a.name, str(a)])
 
 
 @pytest.mark.parametrize(
