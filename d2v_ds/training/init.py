@@ -33,6 +33,7 @@ from d2v_ds.engine.ema import anneal
 from d2v_ds.modalities.audio.vocabulary import open_vocabulary
 from d2v_ds.model.data2vec import TEACHER
 from d2v_ds.model.heads import HEAD
+from d2v_ds.model.tuned import Task
 from d2v_ds.recipe import Recipe, load_recipe, override
 
 # How a model is trained, which may differ from the file's; everything else of a modality says what its weights mean.
@@ -51,6 +52,11 @@ DECISIVE = ("heads", "norm_first", "conv_layers", "position_width")
 """Weights of equal shapes mean something else if these differ."""
 CONVOLUTIONS = {"kernel", "groups", "residual"}
 """Of a decoder; no setting of one without convolutions, as those of v1 are."""
+MEANT_FOR = {"image_classification": "image", "sentence_classification": "text", "ctc": "audio"}
+"""Heads that read what one modality gives alone."""
+OF_SPEECH = ("mask", "channel_mask", "frozen_extractor")
+OF_CLASSES = ("mixup", "cutmix")
+OF_CTC = ("wer", "cer")
 
 
 @dataclass
@@ -126,9 +132,12 @@ def with_network(recipe: Recipe, saved: Recipe | None, given: Sequence[str] = ()
     `given`: the `key=value` of the command, which stand over what the network's recipe says of body and modality. What
     does not fit the weights then is an error when they are read.
 
-    Raises ValueError if none says what the network is, or it is of another modality.
+    Raises ValueError if none says what the network is, or it is of another modality; or for a task that has no meaning
+    for the modality.
     """
     (name,) = recipe.modalities
+    if saved is None:
+        check_task(recipe.task, name, recipe.modalities[name].data)
     if saved is None and not recipe.init:
         if recipe.task.encoder is None:
             raise ValueError(
@@ -157,6 +166,33 @@ def with_network(recipe: Recipe, saved: Recipe | None, given: Sequence[str] = ()
         body.drop_path, modality.prenet_drop_path = last, prenet
     recipe = recipe.model_copy(update={"body": body, "modalities": {name: modality}})
     return override(recipe, [text for text in given if text.startswith(("body.", "modalities."))])
+
+
+def check_task(task: Task, name: str, data: Any) -> None:
+    """Raises ValueError for a head or a setting that the modality, or the kind of label, has no use for."""
+    if MEANT_FOR.get(task.head, name) != name:
+        fitting = [head for head, modality in MEANT_FOR.items() if modality == name]
+        raise ValueError(
+            f"task.head={task.head} is of {MEANT_FOR[task.head]}, the recipe fine-tunes {name}; set it to one of "
+            f"{', '.join([*fitting, 'attentive_classification', 'utterance_classification'])}"
+        )
+    for key in OF_SPEECH:
+        if name != "audio" and getattr(task, key):
+            raise ValueError(f"task.{key} is of audio, the recipe fine-tunes {name}; leave it out")
+    if task.smoothing and (task.outputs == 1 or task.head == "ctc"):
+        what = "transcripts" if task.head == "ctc" else "the numbers of task.outputs=1"
+        raise ValueError(f"task.smoothing={task.smoothing:g} is of classes, not of {what}; set it to 0")
+    for key in OF_CLASSES:
+        if task.outputs == 1 and getattr(data, key, 0):
+            raise ValueError(
+                f"modalities.{name}.data.{key}={getattr(data, key):g} mixes classes, not the numbers of "
+                "task.outputs=1; set it to 0"
+            )
+    if task.head == "ctc" and task.metrics not in (OF_CTC, Task.model_fields["metrics"].default):
+        raise ValueError(
+            f"task.metrics={','.join(task.metrics)}: transcripts are scored by wer and cer, and the lowest wer is the "
+            "best; leave it out"
+        )
 
 
 def drop_paths(rate: float, prenet: int, depth: int) -> tuple[tuple[float, float], tuple[float, float]]:

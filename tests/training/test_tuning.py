@@ -126,6 +126,21 @@ def test_wrong_tasks_are_errors() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             with_network(load_recipe("finetune_image_base", overrides), None)
+    letters = ["task.head=ctc", "task.labels=[a, b]", "task.outputs=2"]
+    number = ["task.outputs=1", "task.smoothing=0"]
+    for name, overrides, said in (
+        ("finetune_image_tiny", letters, "task.head=ctc is of audio, the recipe fine-tunes image; set it to"),
+        ("finetune_text_rte", ["task.head=image_classification"], "is of image, the recipe fine-tunes text"),
+        ("finetune_audio_classes", ["task.head=sentence_classification"], "is of text, the recipe fine-tunes audio"),
+        ("finetune_text_rte", ["task.frozen_extractor=true"], "task.frozen_extractor is of audio, the recipe fine"),
+        ("finetune_image_tiny", ["task.mask.kind=span"], "task.mask is of audio"),
+        ("finetune_image_base", ["task.outputs=1"], "smoothing=0.1 is of classes, not of the numbers of task.o"),
+        ("finetune_image_base", number, r"image.data.mixup=0.7 mixes classes, not the numbers of task.outputs=1"),
+        ("finetune_audio_tiny", ["task.smoothing=0.1"], "is of classes, not of transcripts"),
+        ("finetune_audio_tiny", ["task.metrics=[cer]"], "task.metrics=cer: transcripts are scored by wer and cer"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            with_network(load_recipe(name, overrides), None)
     recipe = load_recipe("finetune_image_base")
     recipe.task.encoder = None
     with pytest.raises(ValueError, match="set init=FILE, or task.encoder=RECIPE"):
