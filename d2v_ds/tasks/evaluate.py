@@ -49,9 +49,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics of a model with a head on labelled shards, written to `out` as JSON too, if it is named.
 
-    `classify`: accuracy, and top5_accuracy of heads with more than five outputs. `ctc`: wer and cer over all words and
-    characters (jiwer), of the best path or of what `search` finds. Samples that cannot be decoded are counted as
-    `unreadable`, with their names, and take no part.
+    `classify`: accuracy and top5_accuracy of heads with more than five outputs.
+    `ctc`: wer and cer over all words and characters (jiwer), of the best path or of what `search` finds. Samples that
+    cannot be decoded are counted as `unreadable`, with their names, and take no part.
 
     Raises ValueError, before the model runs, if the model has no head or one of the other kind, or for a sample
     without a label, a class that the head does not have, or a transcript with symbols that it cannot write.
@@ -70,8 +70,11 @@ def evaluate(
         )
     label = label or LABELS[kind]
     items = open_items(data, encoder.modality, encoder.samples, label)
-    read = read_classes if kind == "classify" else read_transcripts
-    truths = read(items, encoder, label)
+    truths = (
+        read_classes(items, encoder, label, data)
+        if kind == "classify"
+        else read_transcripts(items, encoder, label)
+    )
     unreadable: list[Bad] = []
     rows, places = answers(encoder, items, batch, workers, unreadable)
     said = [(row, truths[i]) for row, i in zip(rows, places, strict=True)]
@@ -84,7 +87,7 @@ def evaluate(
         "model": str(model),
         "data": str(data),
         "samples": len(said),
-        **(score_classes(said) if decode is None else score_transcripts(decode, said)),
+        **(score_transcripts(decode, said) if decode else score_classes(said)),
         "unreadable": [bad._asdict() for bad in unreadable],
     }
     if out is not None:
@@ -153,19 +156,33 @@ def read_labels(items: Items, label: str) -> list[str]:
     return found
 
 
-def read_classes(items: Items, encoder: Encoder, label: str, classes: list[str] | None = None) -> list[int]:
-    """Numbers of the head's outputs; labels may be those, or names of classes that are no such numbers.
+def class_names(data: str | Path) -> list[str] | None:
+    """What `d2v prepare` calls the classes of shards that lie in one folder of this machine."""
+    folder = Path(data) if Path(data).is_dir() else Path(data).parent
+    path = folder / "classes.json"
+    return json.loads(path.read_bytes()) if "::" not in str(data) and path.is_file() else None
 
-    `classes`: names of the numbers in the data, where they are known; they count where the head has the same names.
-    """
+
+def renumber(data: str | Path, names: tuple[str, ...]) -> dict[str, str]:
+    """Numbers of data that names its classes, as those of a head that names some of them too; nothing for others."""
+    classes = class_names(data) or []
+    if not set(classes) & set(names):
+        return {}
+    return {
+        str(i): str(names.index(name)) if name in names else f"{i} ({name})" for i, name in enumerate(classes)
+    }
+
+
+def read_classes(items: Items, encoder: Encoder, label: str, data: str | Path) -> list[int]:
+    """Numbers of the head's outputs; labels may be those, or names of classes that are no such numbers."""
     names = encoder.head_config.labels or ()
     outputs = encoder.head_config.outputs
     numbers = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(outputs)}
-    if classes is not None and set(classes) == set(names):
-        numbers |= {str(i): names.index(name) for i, name in enumerate(classes)}
+    others = renumber(data, names)
     found = []
     for i, text in enumerate(read_labels(items, label)):
         text = str(int(text)) if text.isascii() and text.isdigit() and text not in names else text
+        text = others.get(text, text)
         number = numbers.get(text, -1)
         if number < 0:
             known = (

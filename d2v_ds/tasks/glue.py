@@ -63,11 +63,12 @@ def evaluate_glue(
     encoder = load(model, "text", device=device or best_device())
     check_head(encoder, "glue")
     names = choose_metrics(encoder, task, metrics)
+    label = label or LABEL
     opened = []
     for split, shards in splits.items():
         encoder.samples = paired(encoder.samples, shards)
-        items = open_items(shards, "text", encoder.samples, label or LABEL)
-        opened.append((split, items, encoder.samples, read_truths(items, encoder, label or LABEL, data)))
+        items = open_items(shards, "text", encoder.samples, label)
+        opened.append((split, items, encoder.samples, read_truths(items, encoder, label, data)))
     found: dict[str, dict[str, float]] = {}
     unreadable: list[Bad] = []
     count = 0
@@ -117,7 +118,7 @@ def choose_metrics(encoder: Encoder, task: str | None, metrics: list[str] | None
 def read_truths(items: Items, encoder: Encoder, label: str, data: str | Path) -> list[float]:
     """Numbers, or numbers of the head's outputs: where it names them and the shards do, by name."""
     if encoder.head_config.outputs > 1:
-        return read_classes(items, encoder, label, class_names(data))
+        return read_classes(items, encoder, label, data)
     truths = []
     for i, text in enumerate(read_labels(items, label)):
         try:
@@ -127,11 +128,6 @@ def read_truths(items: Items, encoder: Encoder, label: str, data: str | Path) ->
                 f"label {text!r} of {items.name(i).full} is no number, which the head gives"
             ) from error
     return truths
-
-
-def class_names(data: str | Path) -> list[str] | None:
-    path = Path(data) / "classes.json"
-    return json.loads(path.read_bytes()) if path.is_file() else None
 
 
 def flatten(found: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.source import shard_pattern
 from d2v_ds.model.heads import HEAD, build_head
 from d2v_ds.recipe import Recipe
-from d2v_ds.tasks.evaluate import answers, best_path, import_jiwer, score_transcripts
+from d2v_ds.tasks.evaluate import answers, best_path, import_jiwer, renumber, score_transcripts
 from d2v_ds.tasks.items import Items, Name, open_items
 from d2v_ds.tasks.metrics import check_metrics, measure
 from d2v_ds.tasks.table import Bad
@@ -138,8 +138,10 @@ def open_examiner(recipe: Recipe, sources: list[Source]) -> Examiner:
     patterns = task.test if isinstance(task.test, dict) else {"": task.test}
     samples, parts = source.samples.samples, {}
     for name, pattern in patterns.items():
-        items = open_items(where(recipe, pattern), source.name, samples, task.label)
-        parts[name] = items, [read_truth(items, i, source.samples.parse) for i in range(len(items))]
+        data = where(recipe, pattern)
+        items = open_items(data, source.name, samples, task.label)
+        others = {} if task.head == "ctc" else renumber(data, task.labels or ())
+        parts[name] = items, [read_truth(items, i, source.samples.parse, others) for i in range(len(items))]
     return Examiner(recipe, parts, samples)
 
 
@@ -151,10 +153,11 @@ def where(recipe: Recipe, pattern: str) -> str:
     return inside if isinstance(inside, str) else "::".join(inside)
 
 
-def read_truth(items: Items, i: int, parse: Callable[[str], Any]) -> Any:
-    """A number; of CTC the text that its symbols write."""
+def read_truth(items: Items, i: int, parse: Callable[[str], Any], others: dict[str, str]) -> Any:
+    """A number; of CTC the text that its symbols write. `others`: what the test's own numbers are here."""
     try:
-        truth = parse(items.read(i)[1] if items.has_labels else "")
+        text = items.read(i)[1] if items.has_labels else ""
+        truth = parse(others.get(text, text))
         return parse.vocabulary.decode(truth) if hasattr(parse, "vocabulary") else truth
     except ValueError as error:
         raise ValueError(f"task.test: {items.name(i).full}: {error}") from error

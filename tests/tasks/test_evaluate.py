@@ -16,7 +16,7 @@ from d2v_ds.data import Corpus
 from d2v_ds.modalities.build import build_model
 from d2v_ds.model.heads import HEAD, HeadConfig, build_head
 from d2v_ds.recipe import load_recipe
-from d2v_ds.tasks.evaluate import evaluate, read_transcripts
+from d2v_ds.tasks.evaluate import evaluate, read_classes, read_transcripts
 from d2v_ds.tasks.items import open_items
 
 VAL = str(SAMPLE / "multimodal-val-000000.tar")
@@ -106,6 +106,24 @@ def test_transcripts_are_written_as_the_head_writes(make, letters, is_pieces):
             read_transcripts(items, encoder, "txt;json.text")
         encoder.head_config = encoder.head_config.model_copy(update={"labels": (*lacking, "<0x41>")})
         assert len(read_transcripts(items, encoder, "txt;json.text")) == len(items)
+
+
+def test_classes_of_other_data_are_counted_as_the_head_counts_them(make, tmp_path):
+    """By their names, where shards have them: in another order, fewer of them, or more."""
+    (tmp_path / "val.tar").symlink_to(VAL)
+    folder = make("image", 10, tuple("abcdefghij"))
+    encoder = d2v_ds.load(folder)
+    items = open_items(VAL, "image", encoder.samples, "json.digit")
+
+    def read(names: str) -> list[int]:
+        (tmp_path / "classes.json").write_text(json.dumps(list(names)))
+        return read_classes(items, encoder, "json.digit", tmp_path / "*.tar")
+
+    digits = read("abcdefghij")
+    assert digits == [int(items.read(i)[1]) for i in range(len(items))] == read("klmnopqrst")
+    assert read("jihgfedcba") == [9 - digit for digit in digits]
+    with pytest.raises(ValueError, match=r"label '1 \(x\)' of .* is no class of the model"):
+        read("axcdefghij")
 
 
 def test_what_cannot_be_evaluated_is_an_error_that_says_why(make):
