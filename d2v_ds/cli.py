@@ -233,14 +233,16 @@ def add_frozen(parser: argparse.ArgumentParser, kind: str) -> None:
 
 def add_tuned(parser: argparse.ArgumentParser, kind: str) -> None:
     default = {"ctc": "txt;json.text"}.get(kind, "cls;json.label")
-    parser.add_argument("model", help="fine-tuned: export, fairseq file or Hugging Face folder")
+    parser.add_argument("model", help="fine-tuned: run, export, fairseq file or Hugging Face folder")
     parser.add_argument("data", help="labelled shards: a folder, a pattern or URLs")
     if kind == "glue":
         parser.add_argument(
             "--task", default=None, help="cola, mnli, ... (default: what the folder was made for)"
         )
         parser.add_argument("--metrics", nargs="+", default=None, help="others than the task's")
-    parser.add_argument("--label", default=None, help=f"member or json key (default: {default})")
+    parser.add_argument(
+        "--label", default=None, help=f"member or json key (default: a run's task.label, else {default})"
+    )
     parser.add_argument(
         "--workers", type=int, default=None, help="threads that decode (default: cores, at most 8)"
     )

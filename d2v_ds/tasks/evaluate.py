@@ -15,14 +15,16 @@ from torch import Tensor
 from d2v_ds.convert.features import Encoder
 from d2v_ds.convert.load import load
 from d2v_ds.modalities.audio.vocabulary import BLANK, case_of, change_case, writable
+from d2v_ds.model.tuned import Task
 from d2v_ds.tasks.beam import Beam, BeamDecoder
 from d2v_ds.tasks.embed import best_device
 from d2v_ds.tasks.groups import Ready, make_groups, prepare
 from d2v_ds.tasks.items import Items, open_items
+from d2v_ds.tasks.metrics import measure
 from d2v_ds.tasks.table import Bad, write_whole
 
 LABELS = {"classify": "cls;json.label", "ctc": "txt;json.text"}
-"""Member or json key with the label of each kind, unless said otherwise."""
+"""Member or json key with the label of each kind, unless said otherwise, here or when the model was fine-tuned."""
 HEADS = {
     "classify": (
         "image_classification",
@@ -49,7 +51,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics of a model with a head on labelled shards, written to `out` as JSON too, if it is named.
 
-    `classify`: accuracy and top5_accuracy of heads with more than five outputs.
+    `classify`: accuracy, top5_accuracy of heads with more than five outputs, and what a run of ours was scored by.
     `ctc`: wer and cer over all words and characters (jiwer), of the best path or of what `search` finds. Samples that
     cannot be decoded are counted as `unreadable`, with their names, and take no part.
 
@@ -68,7 +70,7 @@ def evaluate(
         decode = (
             best_path(encoder) if search is None else BeamDecoder(encoder.head_config.labels, search).decode
         )
-    label = label or LABELS[kind]
+    label = label or own_label(encoder, LABELS[kind])
     items = open_items(data, encoder.modality, encoder.samples, label)
     truths = (
         read_classes(items, encoder, label, data)
@@ -87,7 +89,7 @@ def evaluate(
         "model": str(model),
         "data": str(data),
         "samples": len(said),
-        **(score_transcripts(decode, said) if decode else score_classes(said)),
+        **(score_transcripts(decode, said) if decode else score_classes(said, encoder.recipe.task)),
         "unreadable": [bad._asdict() for bad in unreadable],
     }
     if out is not None:
@@ -140,6 +142,11 @@ def head_logits(encoder: Encoder, chosen: list[Ready]) -> Tensor:
 
 
 # ---- what is true ----------------------------------------------------------------------------------------------
+
+
+def own_label(encoder: Encoder, default: str) -> str:
+    """Where the labels were that a run of ours learned."""
+    return encoder.recipe.task.label if encoder.recipe.task else default
 
 
 def read_labels(items: Items, label: str) -> list[str]:
@@ -201,8 +208,10 @@ def read_classes(items: Items, encoder: Encoder, label: str, data: str | Path) -
 def read_transcripts(items: Items, encoder: Encoder, label: str) -> list[str]:
     """Texts as the head writes them: in capitals or small letters where it has only those, and for pieces normalised as
     sentencepiece does (NFKC)."""
-    labels = encoder.head_config.labels
+    labels, task = encoder.head_config.labels, encoder.recipe.task
     case, letters, is_pieces = case_of(labels), writable(labels), labels[0] == BLANK
+    if case == "keep" and task:
+        case = task.case  # of pieces in both cases, what the run learned
     texts = []
     for i, text in enumerate(read_labels(items, label)):
         text = " ".join(change_case(text, case).split())
@@ -221,12 +230,15 @@ def read_transcripts(items: Items, encoder: Encoder, label: str) -> list[str]:
 # ---- how much of it the model says -----------------------------------------------------------------------------
 
 
-def score_classes(said: list[tuple[Tensor, int]]) -> dict[str, float]:
+def score_classes(said: list[tuple[Tensor, int]], task: Task | None = None) -> dict[str, float]:
     logits_BC, truth_B = torch.stack([row for row, _ in said]), torch.tensor([truth for _, truth in said])
     found = {"accuracy": (logits_BC.argmax(dim=1) == truth_B).double().mean().item()}
     if logits_BC.shape[1] > 5:
         best = logits_BC.topk(5, dim=1).indices
         found["top5_accuracy"] = (best == truth_B[:, None]).any(dim=1).double().mean().item()
+    if task:
+        found |= measure(task.metrics, logits_BC, truth_B)
+        del found["score"]
     return found
 
 

@@ -15,7 +15,7 @@ import torch
 from d2v_ds.convert.features import Encoder
 from d2v_ds.convert.load import load
 from d2v_ds.tasks.embed import best_device
-from d2v_ds.tasks.evaluate import answers, check_head, read_classes, read_labels
+from d2v_ds.tasks.evaluate import answers, check_head, own_label, read_classes, read_labels
 from d2v_ds.tasks.items import Items, open_items, paired
 from d2v_ds.tasks.metrics import OF_NUMBERS, check_metrics, measure
 from d2v_ds.tasks.table import Bad, write_whole
@@ -63,7 +63,7 @@ def evaluate_glue(
     encoder = load(model, "text", device=device or best_device())
     check_head(encoder, "glue")
     names = choose_metrics(encoder, task, metrics)
-    label = label or LABEL
+    label = label or own_label(encoder, LABEL)
     opened = []
     for split, shards in splits.items():
         encoder.samples = paired(encoder.samples, shards)

@@ -16,7 +16,7 @@ from d2v_ds.data import Corpus
 from d2v_ds.modalities.build import build_model
 from d2v_ds.model.heads import HEAD, HeadConfig, build_head
 from d2v_ds.recipe import load_recipe
-from d2v_ds.tasks.evaluate import evaluate, read_classes, read_transcripts
+from d2v_ds.tasks.evaluate import evaluate, own_label, read_classes, read_transcripts, score_classes
 from d2v_ds.tasks.items import open_items
 
 VAL = str(SAMPLE / "multimodal-val-000000.tar")
@@ -124,6 +124,25 @@ def test_classes_of_other_data_are_counted_as_the_head_counts_them(make, tmp_pat
     assert read("jihgfedcba") == [9 - digit for digit in digits]
     with pytest.raises(ValueError, match=r"label '1 \(x\)' of .* is no class of the model"):
         read("axcdefghij")
+
+
+def test_a_run_is_measured_by_what_it_learned(make):
+    """Label, metrics and, of pieces in both cases, the case of transcripts are those of the run's task."""
+    folder = make("image", 10)
+    encoder = d2v_ds.load(folder)
+    task = load_recipe("finetune_image_tiny", ["task.label=json.digit", "task.metrics=[macro_f1]"]).task
+    said = [(torch.eye(10)[i % 9], i % 10) for i in range(30)]
+    assert own_label(encoder, "cls") == "cls" and score_classes(said).keys() == {"accuracy", "top5_accuracy"}
+    encoder.recipe = encoder.recipe.model_copy(update={"task": task})
+    assert own_label(encoder, "cls") == "json.digit"
+    assert score_classes(said, task).keys() == {"accuracy", "top5_accuracy", "macro_f1"}
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+    speech = d2v_ds.load(make("audio", 54, ("<blank>", "<unk>", *letters)))
+    items = open_items(VAL, "audio", speech.samples, "txt")
+    assert read_transcripts(items, speech, "txt")[0] == items.read(0)[1]
+    task = load_recipe("finetune_audio_tiny").task
+    speech.recipe = speech.recipe.model_copy(update={"task": task})
+    assert read_transcripts(items, speech, "txt")[0] == items.read(0)[1].upper()
 
 
 def test_what_cannot_be_evaluated_is_an_error_that_says_why(make):
