@@ -7,6 +7,7 @@ alike.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,12 @@ def read_truths(items: Items, encoder: Encoder, label: str, data: str | Path) ->
     truths = []
     for i, text in enumerate(read_labels(items, label)):
         try:
-            truths.append(float(text))
-        except ValueError as error:
-            raise ValueError(
-                f"label {text!r} of {items.name(i).full} is no number, which the head gives"
-            ) from error
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"label {text!r} of {items.name(i).full} is no number, which the head gives")
+        truths.append(number)
     return truths
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,7 @@ def test_mnli_is_measured_on_both_sets_with_classes_by_name(make, shards):
     assert found["score"] == pytest.approx((found["accuracy_matched"] + found["accuracy_mismatched"]) / 2)
 
 
-def test_what_cannot_be_measured_is_an_error_that_says_why(make, shards):
+def test_what_cannot_be_measured_is_an_error_that_says_why(make, shards, tmp_path):
     two, number = make(2), make(1)
     with pytest.raises(
         ValueError, match=r"label '2' of .* is no class of the model, whose classes are 0 to 1"
@@ -115,6 +116,13 @@ def test_what_cannot_be_measured_is_an_error_that_says_why(make, shards):
         evaluate_glue(number, shards / "mrpc")
     with pytest.raises(ValueError, match="has no label: 'json.absent'"):
         evaluate_glue(two, shards / "mrpc", label="json.absent")
+    for name in ("a.txt", "a.cls"):
+        (tmp_path / name).write_text("nan")
+    with tarfile.open(tmp_path / "nan.tar", "w") as tar:
+        for name in ("a.txt", "a.cls"):
+            tar.add(tmp_path / name, name)
+    with pytest.raises(ValueError, match="label 'nan' of .* is no number"):
+        evaluate_glue(number, tmp_path / "nan.tar")
     with pytest.raises(ValueError, match="--task wnli is none of cola"):
         evaluate_glue(two, shards / "mrpc", task="wnli")
     with pytest.raises(ValueError, match="metric 'bleu' is not known"):
