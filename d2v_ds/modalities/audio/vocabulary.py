@@ -63,7 +63,9 @@ class Vocabulary:
         other = [
             case for case in ("upper", "lower") if all(self.knows(change_case(s, case)) for s in unknown)
         ]
-        remedy = f"write all in {other[0]} case (case={other[0]})" if other else "normalise the transcripts"
+        remedy = (
+            f"write all in {other[0]} case (task.case={other[0]})" if other else "normalise the transcripts"
+        )
         known = "" if self.pieces else f"; it has {''.join(sorted(s for s in self.symbols if len(s) == 1))}"
         raise ValueError(
             f"a transcript has {shown}, which the vocabulary of {len(self.symbols)} symbols lacks{known}; {remedy}"
@@ -72,7 +74,7 @@ class Vocabulary:
     def knows(self, symbol: str) -> bool:
         if self.pieces is not None:
             return self.pieces.unk_id() not in self.pieces.encode(symbol)
-        return symbol in self.numbers
+        return symbol in self.numbers and symbol != SPACE
 
 
 def change_case(text: str, case: Case) -> str:
