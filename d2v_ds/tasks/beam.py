@@ -54,6 +54,10 @@ class BeamDecoder:
                 raise ValueError(f"{path} does not exist; give an ARPA file or KenLM binary, and a lexicon")
         build = import_decoder(bool(settings.lm))
         spelt = spellings(symbols, settings) if self.has_lexicon else None
+        if spelt == []:
+            raise ValueError(
+                f"{settings.lexicon} lists no words; a line is a word and its symbols, such as {example(symbols)}"
+            )
         space = SPACE if SPACE in symbols else symbols[0]  # of pieces, which need none, the blank
         with tempfile.TemporaryDirectory() as folder:
             lexicon = None

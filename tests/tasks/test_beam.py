@@ -97,6 +97,11 @@ def test_what_a_search_cannot_use_is_named(arpa, tmp_path, monkeypatch):
     lexicon.write_text("SEA S E A |\nsee s e e\n")
     with pytest.raises(ValueError, match=r"line 2: the model has no 'e', 's'"):
         BeamDecoder(LETTERS, Beam(lm=arpa, lexicon=str(lexicon)))
+    lexicon.write_text("\n \n")
+    with pytest.raises(
+        ValueError, match="lexicon.txt lists no words; a line is a word and its symbols, such as"
+    ):
+        BeamDecoder(LETTERS, Beam(lexicon=str(lexicon)))
     with pytest.raises(ValueError, match="can write none of its 4 words, such as i, see, the"):
         BeamDecoder(("<s>", "0", "1", "|"), Beam(lm=arpa))
     options = dict.fromkeys(Beam.model_fields) | {"lm": arpa, "decoder": "greedy"}
