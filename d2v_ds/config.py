@@ -13,7 +13,11 @@ class Config(BaseModel):
     """A typed, validated group of settings; assignment is validated too."""
 
     model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, use_attribute_docstrings=True, protected_namespaces=()
+        extra="forbid",
+        validate_assignment=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 

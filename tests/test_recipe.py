@@ -160,6 +160,8 @@ def test_an_override_without_a_value_shows_how():
         ("train.steps=0", ("train.steps=0 must be at least 1",)),
         ("body.dim=50", ("body.dim=50 must be a multiple of body.heads=",)),
         ("optim.lr=fast", ("optim.lr='fast'", "valid number")),
+        ("optim.lr=nan", ("optim.lr='nan'", "finite number")),
+        ("optim.clip=inf", ("optim.clip='inf'", "finite number")),
         ("precision=fp8", ("precision='fp8'", "'bf16'")),
         ("modalities.image.patch=big", ("modalities.image.patch='big'", "valid integer")),
         ("modalities.text.mask.kind=foo", ("modalities.text.mask.kind='foo'", "'random'")),
