@@ -4,8 +4,8 @@ On a fixed labelled subset, of every layer and of all together: closed-form ridg
 part and tested on the other with one definition of features; RankMe and alpha-ReQ of the test part; LiDAR of masked
 views of training data. Beside them random initialisation and the raw input, once.
 
-Nothing of the run is touched: weights are copied (from the ranks' shards at ZeRO-3) into a network of its own, and
-random states are put back. Ranks share the batches, and rank 0 fits.
+Nothing of the run is touched: the fp32 weights that a checkpoint would hold are copied from the ranks into a network of
+its own, and random states are put back. Ranks share the batches, and rank 0 fits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from d2v_ds.convert.features import Encoder, mean_pool
 from d2v_ds.convert.load import assign
 from d2v_ds.data import Corpus, Draw, Source, expand_shards, seed_of
-from d2v_ds.engine.gather import whole_weights
+from d2v_ds.engine.gather import whole_averages, whole_masters, whole_weights
 from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.source import shard_pattern
 from d2v_ds.model.data2vec import TEACHER
@@ -84,11 +84,12 @@ class Probes:
         """Writes probes.jsonl, probes.png and TensorBoard; all ranks call it."""
         run.watchdog.wait_patiently("probing")
         with undisturbed():
-            student = whole_weights(run.engine, lambda name: not name.startswith((TEACHER, "decoders.")))
+            student = whole_masters(run.engine, lambda name: not name.startswith((TEACHER, "decoders.")))
             self.measure_weights(run, "student", student)
-            followed = whole_weights(run.engine, lambda name: name.startswith(TEACHER))
-            teacher = student | {name.removeprefix(TEACHER): t for name, t in followed.items()}
-            self.measure_weights(run, "teacher", teacher)
+            followed = {TEACHER + name for name in run.ema.trained}
+            fixed = whole_weights(run.engine, lambda name: name.startswith(TEACHER) and name not in followed)
+            teacher = student | {name.removeprefix(TEACHER): t.float() for name, t in fixed.items()}
+            self.measure_weights(run, "teacher", teacher | whole_averages(run.engine, run.ema))
         if run.log:
             try:
                 plot(run.folder)

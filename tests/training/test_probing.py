@@ -35,6 +35,9 @@ def results(folder: Path) -> dict[str, dict]:
         {
             "probed": Command(folder / "probed", [*zero0, *PROBED]),
             "plain": Command(folder / "plain", [*zero0, "train.steps=2", "train.save_every=2"]),
+            "bf16": Command(
+                folder / "bf16", ["--deepspeed", "zero2", *PROBED, "probe.every=2", "precision=bf16"]
+            ),
             "no shards": Command(folder / "none", [*zero0, *PROBED, "probe.test=absent-*.tar"]),
             "no labels": Command(folder / "none", [*zero0, *PROBED, "probe.train=text-train-*.tar"]),
             "words": Command(folder / "none", [*zero0, *PROBED, "probe.label=txt"]),
@@ -131,17 +134,20 @@ def test_two_ranks_at_zero3_do_not_notice_and_find_the_same(folder: Path, result
             assert two[key]["rankme"] == pytest.approx(row["rankme"], rel=1e-3), key
 
 
+@pytest.mark.parametrize("weights", ["student", "teacher"])
+@pytest.mark.parametrize("run", ["probed", "bf16"])
 @pytest.mark.parametrize("kind", ["ridge", "knn"])
 def test_evaluating_the_saved_model_gives_the_numbers_of_the_last_probe(
-    kind: str, results: dict, folder: Path
+    kind: str, run: str, weights: str, results: dict, folder: Path
 ) -> None:
-    """`d2v eval ridge|knn RUN DATA` on the same shards and number of samples."""
+    """`d2v eval ridge|knn RUN DATA` on the same shards and number of samples; in bf16 too, whose checkpoint is fp32."""
+    assert results[run]["code"] == 0, results[run]["err"]
     parts = {"train": "multimodal-train-*.tar", "test": "multimodal-val-*.tar", "samples": 30}
     found = evaluate_frozen(
-        kind, folder / "probed", SAMPLE, **parts, modality="image", weights="teacher", batch=32, device="cpu"
+        kind, folder / run, SAMPLE, **parts, modality="image", weights=weights, batch=32, device="cpu"
     )
-    rows = [r for r in rows_of(folder / "probed") if (r["step"], r["modality"]) == (2, "image")]
-    rows = [r for r in rows if r["weights"] == "teacher"]
+    rows = [r for r in rows_of(folder / run) if (r["step"], r["modality"]) == (2, "image")]
+    rows = [r for r in rows if r["weights"] == weights]
     key = "accuracy" if kind == "ridge" else "knn"
     assert [r["features"] for r in found["rows"]] == [r["features"] for r in rows]
     assert [r[key] for r in found["rows"]] == [r[kind] for r in rows]
