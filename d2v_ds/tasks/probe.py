@@ -17,6 +17,7 @@ from torch import Tensor
 from d2v_ds.convert.load import Encoder, load, mean_pool
 from d2v_ds.data import Corpus, expand_shards, permute, seed_of
 from d2v_ds.modalities.build import build_model
+from d2v_ds.tasks.knn import count_classes
 
 PENALTIES = tuple(10.0**p for p in range(-8, 7))
 LOWEST_PENALTY = 0.1
@@ -43,6 +44,7 @@ def ridge(
 ) -> tuple[float, float]:
     """(test accuracy, penalty) of ridge regression on one-hot labels; the penalty, a power of ten, is chosen by exact
     leave-one-out on the training part, features are standardised by it."""
+    labels_N, test_labels_N = count_classes(labels_N, test_labels_N)
     mean, std = train_ND.mean(0), train_ND.std(0).clamp(min=1e-6)
     x, z = ((train_ND - mean) / std).double(), ((test_ND - mean) / std).double()
     onehot = torch.nn.functional.one_hot(labels_N).double()
@@ -75,7 +77,7 @@ def choose(size: int, most: int) -> list[int]:
 
 
 def read_labels(corpus: Corpus, indices: Iterable[int], label: str) -> Tensor:
-    """Raises ValueError for a label that is no integer, or below 0."""
+    """Raises ValueError for a label that is no integer of 0 ... 2^63 - 1."""
     labels = []
     for i in indices:
         value = corpus.read(i)["label"]
@@ -86,8 +88,10 @@ def read_labels(corpus: Corpus, indices: Iterable[int], label: str) -> Tensor:
                 f"label {value!r} of {corpus.key(i)} is no integer; "
                 f"name another member or key than '{label}' with --label or probe.label"
             ) from error
-        if labels[-1] < 0:
-            raise ValueError(f"label {labels[-1]} of {corpus.key(i)} must be 0 or more: classes count from 0")
+        if not 0 <= labels[-1] < 2**63:
+            raise ValueError(
+                f"label {labels[-1]} of {corpus.key(i)} must be 0 or more, and below 2^63: classes count from 0"
+            )
     return torch.tensor(labels)
 
 

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_ds.tasks.knn import count_classes
+
 RATES = (1e-3, 3e-3, 1e-2)
 DECAYS = (1e-4, 1e-1)
 HELD_OUT = 0.1
@@ -142,10 +144,11 @@ def readout(
     say: Callable[[str], Any] = lambda line: None,
 ) -> dict[str, float]:
     """Test accuracy, and what was chosen: `lr`, `weight_decay`, and the accuracy they had on the part held out."""
+    labels_N, test_labels_N = count_classes(labels_N, test_labels_N)
     generator = torch.Generator().manual_seed(training.seed)
     order = torch.randperm(len(labels_N), generator=generator)
     held_out, rest = order.tensor_split([max(1, round(HELD_OUT * len(order)))])
-    classes = int(max(labels_N.max(), test_labels_N.max())) + 1
+    classes = int(labels_N.max()) + 1
     tried = []
     for rate in RATES:
         for decay in DECAYS:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from d2v_ds.tasks.knn import TEMPERATURE, knn
+from d2v_ds.tasks.probe import ridge
+from d2v_ds.tasks.readout import Training, Vectors, readout
 
 
 def test_votes_are_those_of_a_loop() -> None:
@@ -34,3 +37,23 @@ def test_length_does_not_matter_and_near_ones_win() -> None:
     test = torch.tensor([[5.0, 0.0], [0.01, 0.0]])
     assert knn(train, labels, test, torch.tensor([1, 1]), neighbours=(10,)) == {10: 1.0}
     assert knn(train[:5], labels[:5], test, torch.tensor([1, 1])) == {}
+
+
+@pytest.mark.parametrize("kind", ["knn", "ridge", "linear"])
+def test_class_ids_may_be_of_any_size(kind: str) -> None:
+    """Such as 1440764 of n01440764: a column for each number up to the largest does not fit into memory."""
+    g = torch.Generator().manual_seed(0)
+    labels, truth = (
+        torch.randint(3, (40,), generator=g),
+        torch.randint(4, (30,), generator=g),
+    )  # 3 in the test alone
+    centres = torch.randn(4, 8, generator=g)
+    train, test = (centres[y] + torch.randn(len(y), 8, generator=g) for y in (labels, truth))
+
+    def judge(labels: torch.Tensor, truth: torch.Tensor) -> object:
+        if kind == "linear":
+            x = Vectors(train), labels, Vectors(test), truth
+            return readout(*x, Training(epochs=2), torch.device("cpu"))
+        return (knn if kind == "knn" else ridge)(train, labels, test, truth)
+
+    assert judge(labels * 10**12 + 5, truth * 10**12 + 5) == judge(labels, truth)
