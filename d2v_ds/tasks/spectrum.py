@@ -24,6 +24,8 @@ def rankme(x_ND: Tensor) -> float:
 def alpha_req(x_ND: Tensor) -> float:
     """Exponent alpha of the covariance's eigenvalues, which fall as i^-alpha (arXiv:2202.05808): a line through
     log eigenvalue over log i. Near 1 is best; much above, few directions hold all; nan for fewer than two."""
+    if len(x_ND) < 3:
+        return float("nan")
     x = x_ND.double() - x_ND.double().mean(0)
     values = torch.linalg.eigvalsh(x.T @ x / len(x)).flip(0)
     values = values[: len(x) - 1]

@@ -38,6 +38,13 @@ def test_alpha_is_the_exponent_of_the_spectrum(alpha: float) -> None:
     assert alpha_req(columns * places ** (-alpha / 2) + 7) == pytest.approx(alpha, abs=0.02)
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_few_samples_have_no_exponent(samples: int) -> None:
+    """They have no two eigenvalues; RankMe is at most their number."""
+    x = torch.randn(samples, 8, generator=torch.Generator().manual_seed(0))
+    assert math.isnan(alpha_req(x)) and 1 <= rankme(x) <= samples + 1e-6
+
+
 def test_lidar_counts_directions_that_tell_samples_apart() -> None:
     """Samples differ in 4 directions, views in all 16: RankMe sees more, LiDAR about 4."""
     g = torch.Generator().manual_seed(0)
