@@ -6,6 +6,7 @@ N samples, L layers, D dim.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -13,18 +14,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from d2v_ds.convert.features import Hidden
 from d2v_ds.convert.load import Encoder, load
 from d2v_ds.data import Corpus, expand_shards
 from d2v_ds.modalities.source import shard_pattern
 from d2v_ds.tasks.embed import best_device
 from d2v_ds.tasks.items import paired
 from d2v_ds.tasks.knn import knn
-from d2v_ds.tasks.probe import choose, layer_means, random_twin, read_labels, ridge
+from d2v_ds.tasks.probe import choose, layer_means, random_twin, read_labels, refusal, ridge
 from d2v_ds.tasks.readout import Tokens, Training, Vectors, readout
 from d2v_ds.tasks.table import Bad, write_whole
 
@@ -36,6 +38,7 @@ LABEL = "cls;json.label"
 
 Say = Callable[[str], Any]
 Row = dict[str, Any]
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -222,8 +225,8 @@ def measure_features(
         return [{"weights": weights, **judge(kind, "last", tokens, parts, training, encoder, say)}]
     means = []
     for part in parts:
-        batches = [layer_means(encoder, items, batch) for items in readable(encoder, part, batch, unreadable)]
-        means.append(torch.cat(batches))  # (N, L, D)
+        work = functools.partial(layer_means, encoder, batch=batch)
+        means.append(torch.cat(list(over_batches(encoder, part, batch, unreadable, work))))  # (N, L, D)
     depth = means[0].shape[1]
     chosen = {f"layer {i + 1}": [x[:, i] for x in means] for i in range(depth)}
     chosen["all"] = [x.flatten(1) for x in means]
@@ -235,19 +238,31 @@ def measure_features(
     ]
 
 
-def readable(encoder: Encoder, part: Part, batch: int, unreadable: list[Bad]) -> Iterator[list[Any]]:
-    """Decoded samples, so many at a time; afterwards the part holds those that could be read."""
-    kept = []
+def over_batches(
+    encoder: Encoder, part: Part, batch: int, unreadable: list[Bad], work: Callable[[list[Any]], Found]
+) -> Iterator[Found]:
+    """What `work` gives for so many decoded samples at a time; afterwards the part holds those that could be read."""
+    kept: list[int] = []
     for first in range(0, len(part.indices), batch):
-        items = []
+        items = {}
         for place in range(first, min(first + batch, len(part.indices))):
             try:
-                items.append(encoder.samples.decode(part.corpus, part.indices[place]))
-                kept.append(place)
+                items[place] = encoder.samples.decode(part.corpus, part.indices[place])
             except ValueError as error:
                 unreadable.append(Bad(part.corpus.key(part.indices[place]), str(error)))
-        if items:
-            yield items
+        try:
+            found = work(list(items.values())) if items else None
+        except ValueError:
+            refused = {place: refusal(encoder, item) for place, item in items.items()}
+            bad = {place: reason for place, reason in refused.items() if reason}
+            if not bad:
+                raise
+            unreadable += [Bad(part.corpus.key(part.indices[place]), bad[place]) for place in bad]
+            items = {place: item for place, item in items.items() if place not in bad}
+            found = work(list(items.values())) if items else None
+        if found is not None:
+            kept += items
+            yield found
     if not kept:
         raise ValueError(
             f"none of {len(part.indices)} samples of {part.shards} can be read: {unreadable[-1].reason}"
@@ -257,8 +272,11 @@ def readable(encoder: Encoder, part: Part, batch: int, unreadable: list[Bad]) ->
 
 def tokens_of(encoder: Encoder, part: Part, batch: int, unreadable: list[Bad]) -> Tokens:
     tokens = Tokens(encoder.recipe.body.dim)
-    for items in readable(encoder, part, batch, unreadable):
-        hidden = encoder.run(encoder.prepare(items))
+
+    def work(items: list[Any]) -> Hidden:
+        return encoder.run(encoder.prepare(items))
+
+    for hidden in over_batches(encoder, part, batch, unreadable, work):
         for x, mask in zip(hidden.x, hidden.mask, strict=True):
             tokens.add(x[~mask])
     tokens.close()

@@ -109,6 +109,15 @@ def layer_means(encoder: Encoder, items: list[Any], batch: int = 64) -> Tensor:
     return torch.stack(pooled)
 
 
+def refusal(encoder: Encoder, item: Any) -> str | None:
+    """Why the encoder does not take a decoded sample, as one that is too short; None if it does."""
+    try:
+        encoder.prepare([item])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def features(encoder: Encoder, items: list[Any], batch: int = 64) -> dict[str, Tensor]:
     """`mean`: the last block, mean-pooled, (N, D). `all`: every block's mean, concatenated, (N, D * depth)."""
     means = layer_means(encoder, items, batch)

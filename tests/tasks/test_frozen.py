@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from ranks import SAMPLE
 
@@ -128,3 +132,29 @@ def test_pairs_of_texts_are_read_as_pairs(model, tmp_path):
     assert prepare(prepared) == 0
     found = evaluate_frozen("ridge", model, tmp_path / "shards", modality="text", device="cpu")
     assert found["rows"][-1]["accuracy"] == 1
+
+
+@pytest.mark.parametrize("kind", ["knn", "attentive"])
+def test_samples_that_are_no_sound_or_too_short_are_named(kind, model, tmp_path):
+    for part in ("train", "test"):
+        with tarfile.open(tmp_path / f"a-{part}-000000.tar", "w") as tar:
+            for i in range(14):
+                waves = io.BytesIO()
+                soundfile.write(
+                    waves,
+                    np.sin(np.arange(3000) * (i % 2 + 1) / 9)[: 50 if i == 3 else None],
+                    16_000,
+                    format="wav",
+                )
+                for name, content in (
+                    (f"{i}.wav", b"noise" if i == 5 else waves.getvalue()),
+                    (f"{i}.cls", b"%d" % (i % 2)),
+                ):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    found = evaluate_frozen(kind, model, tmp_path, modality="audio", device="cpu", batch=5, epochs=1)
+    assert found["train"]["samples"] == found["test"]["samples"] == 12
+    names = [bad["key"] for bad in found["unreadable"]]
+    assert sorted(names) == [f"a-{part}-000000.tar:{i}" for part in ("test", "train") for i in (3, 5)]
+    assert "25 ms" in next(bad["reason"] for bad in found["unreadable"] if bad["key"].endswith(":3"))
