@@ -31,7 +31,7 @@ from d2v_ds.modalities.source import shard_pattern
 from d2v_ds.model.data2vec import TEACHER
 from d2v_ds.recipe import Recipe
 from d2v_ds.tasks.knn import knn
-from d2v_ds.tasks.probe import choose, layer_means, random_twin, read_labels, ridge
+from d2v_ds.tasks.probe import choose, layer_means, random_twin, read_labels, refusal, ridge
 from d2v_ds.tasks.spectrum import alpha_req, lidar, rankme
 from d2v_ds.training.agreement import together
 from d2v_ds.training.log import read_rows, warn
@@ -51,6 +51,8 @@ class Part:
     corpus: Corpus
     indices: list[int]
     labels: Tensor
+    name: str
+    """probe.train=... or probe.test=..."""
 
 
 @dataclass
@@ -121,9 +123,7 @@ class Probes:
             kind: shared(
                 run,
                 [part.indices[i : i + batch] for i in range(0, len(part.indices), batch)],
-                lambda chosen, corpus=part.corpus: layer_means(
-                    encoder, [encoder.samples.decode(corpus, i) for i in chosen], batch
-                ),
+                lambda chosen, part=part: means_of(encoder, part, chosen, batch),
             )
             for kind, part in parts(subset)
         }
@@ -209,7 +209,7 @@ def open_part(corpus: Corpus, recipe: Recipe, key: str) -> Part:
         raise ValueError(f"{key}={getattr(recipe.probe, key[6:])}: {error}") from error
     if key == "probe.train" and len(labels.unique()) < 2:
         raise ValueError(f"{key} holds one class alone ({labels[0]}); a probe needs two or more")
-    return Part(corpus, indices, labels)
+    return Part(corpus, indices, labels, f"{key}={getattr(recipe.probe, key[6:])}")
 
 
 def parts(subset: Subset) -> list[tuple[str, Part]]:
@@ -246,6 +246,29 @@ def shared(run: Run, batches: list[list[int]], work: Callable[[list[int]], Tenso
         dist.all_gather_object(everyone, mine)
     done = {i: x for each in everyone for i, x in each.items()}
     return torch.cat([done[i] for i in range(len(batches))])
+
+
+def means_of(encoder: Encoder, part: Part, chosen: list[int], batch: int) -> Tensor:
+    """`layer_means` of some samples; ValueError with the name of one that cannot be used."""
+    items: list[Any] = []
+    for i in chosen:
+        try:
+            items.append(encoder.samples.decode(part.corpus, i))
+        except ValueError as error:
+            raise unusable(part, i, str(error)) from error
+    try:
+        return layer_means(encoder, items, batch)
+    except ValueError:
+        for i, item in zip(chosen, items, strict=True):
+            if reason := refusal(encoder, item):
+                raise unusable(part, i, reason) from None
+        raise
+
+
+def unusable(part: Part, i: int, reason: str) -> ValueError:
+    return ValueError(
+        f"{part.name}: {part.corpus.key(i)} cannot be used: {reason}; name shards without it, or take it out"
+    )
 
 
 @torch.no_grad()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from ranks import SAMPLE
 from runs import MODALITIES, Command, read_rows, start_all, without_timings, zero3_config
 
@@ -26,10 +30,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("probes")
 
 
+def write_shard(path: Path, labels: list[str], garbled: int = -1) -> str:
+    """Images of noise."""
+    noise = np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for i, label in enumerate(labels):
+            image = io.BytesIO()
+            Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(image, "png")
+            content = b"no image" if i == garbled else image.getvalue()
+            for name, data in ((f"{i}.png", content), (f"{i}.cls", label.encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, dict]:
     """With and without probes, at stage 0, and mistakes."""
     zero0 = ["--deepspeed", "zero0"]
+    garbled = write_shard(folder / "garbled.tar", ["0", "1"] * 6, garbled=7)
     return start_all(
         folder,
         {
@@ -41,6 +61,7 @@ def results(folder: Path) -> dict[str, dict]:
             "no shards": Command(folder / "none", [*zero0, *PROBED, "probe.test=absent-*.tar"]),
             "no labels": Command(folder / "none", [*zero0, *PROBED, "probe.train=text-train-*.tar"]),
             "words": Command(folder / "none", [*zero0, *PROBED, "probe.label=txt"]),
+            "garbled": Command(folder / "none", [*zero0, *PROBED, f"probe.test={garbled}"]),
         },
     )
 
@@ -96,14 +117,16 @@ def test_the_last_probe_is_what_the_saved_weights_give(weights: str, results: di
 
 
 def test_mistakes_are_told_before_training(results: dict) -> None:
-    assert [results[name]["code"] for name in ("no shards", "no labels", "words")] == [2, 2, 2]
+    mistakes = ("no shards", "no labels", "words", "garbled")
+    assert [results[name]["code"] for name in mistakes] == [2] * 4
     assert "probe.test=absent-*.tar" in results["no shards"]["err"]
     assert (
         "probe.train=text-train-*.tar" in results["no labels"]["err"]
         and "no 'label'" in results["no labels"]["err"]
     )
     assert "is no integer" in results["words"]["err"] and "probe.label" in results["words"]["err"]
-    assert not any("step 1/" in results[name]["out"] for name in ("no shards", "no labels", "words"))
+    assert "garbled.tar: garbled.tar:7 cannot be used: undecodable image" in results["garbled"]["err"]
+    assert not any("step 1/" in results[name]["out"] for name in mistakes)
     with pytest.raises(ValueError, match="set probe.train"):
         load_recipe("image_tiny", ["probe.every=10"])
 
