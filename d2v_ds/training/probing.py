@@ -283,6 +283,8 @@ def view_means(encoder: Encoder, source: Source, units: list[int], device: torch
         except ValueError:
             continue
     config, views = model.configs[source.name], []
+    if not kept:
+        return torch.zeros(0, LIDAR_VIEWS, encoder.recipe.body.dim)
     for again in range(-(-LIDAR_VIEWS // config.clones)):
         draws = [Draw(unit, 0, seed_of(0, "lidar", again, unit)) for unit in kept]
         batch = samples.collate(rows, draws).to(device, next(model.parameters()).dtype)

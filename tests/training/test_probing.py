@@ -60,6 +60,17 @@ def results(folder: Path) -> dict[str, dict]:
             "probed": Command(folder / "probed", [*zero0, *PROBED]),
             "plain": Command(folder / "plain", [*zero0, "train.steps=2", "train.save_every=2"]),
             "bf16": Command(folder / "bf16", ["--deepspeed", "zero2", *PROBED, *noise, "precision=bf16"]),
+            "unread": Command(
+                folder / "unread",
+                [
+                    *zero0,
+                    *PROBED,
+                    *noise,
+                    f"modalities.image.data.shards={garbled}",
+                    "probe.batch=1",
+                    "train.max_bad_share=1",
+                ],
+            ),
             "no shards": Command(folder / "none", [*zero0, *PROBED, "probe.test=absent-*.tar"]),
             "no labels": Command(folder / "none", [*zero0, *PROBED, "probe.train=text-train-*.tar"]),
             "words": Command(folder / "none", [*zero0, *PROBED, "probe.label=txt"]),
@@ -131,6 +142,12 @@ def test_mistakes_are_told_before_training(results: dict) -> None:
     assert not any("step 1/" in results[name]["out"] for name in mistakes)
     with pytest.raises(ValueError, match="set probe.train"):
         load_recipe("image_tiny", ["probe.every=10"])
+
+
+def test_training_samples_that_cannot_be_read_are_left_out_of_lidar(results: dict, folder: Path) -> None:
+    """A batch of them alone too."""
+    assert results["unread"]["code"] == 0, results["unread"]["err"]
+    assert all(r["lidar"] >= 1 for r in rows_of(folder / "unread") if r["features"] == "layer 2")
 
 
 @pytest.mark.slow
