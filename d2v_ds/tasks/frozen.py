@@ -227,6 +227,8 @@ def measure_features(
     for part in parts:
         work = functools.partial(layer_means, encoder, batch=batch)
         means.append(torch.cat(list(over_batches(encoder, part, batch, unreadable, work))))  # (N, L, D)
+    if not all(x.isfinite().all() for x in means):
+        raise ValueError(f"{weights}: features are not finite; take weights of an earlier step")
     depth = means[0].shape[1]
     chosen = {f"layer {i + 1}": [x[:, i] for x in means] for i in range(depth)}
     chosen["all"] = [x.flatten(1) for x in means]

@@ -135,6 +135,11 @@ class Probes:
         )
         if run.rank:
             return
+        if not all(x.isfinite().all() for x in (*means.values(), views)):
+            run.say(
+                f"probe at step {step}: {name}, {weights}: features are not finite, so nothing is measured"
+            )
+            return
         where = {"step": step, "modality": name}
         depth = means["test"].shape[1]
         for i in range(depth):
@@ -144,10 +149,9 @@ class Probes:
         every = {kind: x.flatten(1) for kind, x in means.items()}
         row = where | judge_features(weights, "all", every, subset)
         self.write(run, row)
-        run.say(
-            f"probe at step {step}: {name}, {weights}: ridge {row['ridge']:.3f} (all layers), "
-            + ", ".join(f"{k}-NN {v:.3f}" for k, v in row["knn"].items())
-        )
+        accuracies = [f"ridge {row['ridge']:.3f} (all layers)"]
+        accuracies += [f"{k}-NN {v:.3f}" for k, v in row["knn"].items()]
+        run.say(f"probe at step {step}: {name}, {weights}: {', '.join(accuracies)}")
 
     def write(self, run: Run, row: Row) -> None:
         numbers = {k: v for k, v in row.items() if k in ("ridge", "rankme", "alpha_req", "lidar")}
@@ -362,7 +366,8 @@ def plot(folder: Path) -> Path:
                     if key in of[0]:
                         draw(line[2], of, [r[key] for r in of], f"{weights}, {key}", colour, mark)
         for axis in line:
-            axis.legend(fontsize=6)
+            if axis.has_data():  # no neighbours of fewer than 10 samples
+                axis.legend(fontsize=6)
     figure.tight_layout()
     path = folder / "probes.png"
     figure.savefig(path, dpi=110)

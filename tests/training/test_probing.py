@@ -60,8 +60,8 @@ def results(folder: Path) -> dict[str, dict]:
             "probed": Command(folder / "probed", [*zero0, *PROBED]),
             "plain": Command(folder / "plain", [*zero0, "train.steps=2", "train.save_every=2"]),
             "bf16": Command(folder / "bf16", ["--deepspeed", "zero2", *PROBED, *noise, "precision=bf16"]),
-            "unread": Command(
-                folder / "unread",
+            "diverged": Command(
+                folder / "diverged",
                 [
                     *zero0,
                     *PROBED,
@@ -69,8 +69,11 @@ def results(folder: Path) -> dict[str, dict]:
                     f"modalities.image.data.shards={garbled}",
                     "probe.batch=1",
                     "train.max_bad_share=1",
+                    "optim.lr=1e30",
+                    "optim.warmup_steps=0",
+                    "train.steps=2",
                 ],
-            ),
+            ),  # fmt: skip
             "no shards": Command(folder / "none", [*zero0, *PROBED, "probe.test=absent-*.tar"]),
             "no labels": Command(folder / "none", [*zero0, *PROBED, "probe.train=text-train-*.tar"]),
             "words": Command(folder / "none", [*zero0, *PROBED, "probe.label=txt"]),
@@ -146,8 +149,17 @@ def test_mistakes_are_told_before_training(results: dict) -> None:
 
 def test_training_samples_that_cannot_be_read_are_left_out_of_lidar(results: dict, folder: Path) -> None:
     """A batch of them alone too."""
-    assert results["unread"]["code"] == 0, results["unread"]["err"]
-    assert all(r["lidar"] >= 1 for r in rows_of(folder / "unread") if r["features"] == "layer 2")
+    assert results["diverged"]["code"] == 0, results["diverged"]["err"]
+    assert all(r["lidar"] >= 1 for r in rows_of(folder / "diverged") if r["features"] == "layer 2")
+
+
+def test_features_that_are_not_finite_are_said_and_end_nothing(results: dict, folder: Path) -> None:
+    assert "image, student: features are not finite" in results["diverged"]["out"]
+    assert {r["step"] for r in rows_of(folder / "diverged")} == {0}
+    with pytest.raises(ValueError, match="not finite; take weights of an earlier step"):
+        evaluate_frozen(
+            "knn", folder / "diverged", folder, "noise-train.tar", "noise-test.tar", modality="image"
+        )
 
 
 @pytest.mark.slow
