@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def forget_after(path: Path, step: int) -> None:
     """Drops the rows of steps that are done again after a resume, and a row that a crash cut short."""
+    keep_rows(path, lambda row: row["step"] <= step)
+
+
+def keep_rows(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
     if not path.exists():
         return
     kept = []
@@ -163,7 +168,7 @@ def forget_after(path: Path, step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if row["step"] <= step:
+        if is_kept(row):
             kept.append(line)
     temporary = path.with_name(f".tmp-{path.name}")  # a signal may end the start at any moment
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

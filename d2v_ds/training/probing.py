@@ -10,6 +10,8 @@ its own, and random states are put back. Ranks share the batches, and rank 0 fit
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +36,7 @@ from d2v_ds.tasks.knn import knn
 from d2v_ds.tasks.probe import choose, layer_means, random_twin, read_labels, refusal, ridge
 from d2v_ds.tasks.spectrum import alpha_req, lidar, rankme
 from d2v_ds.training.agreement import together
-from d2v_ds.training.log import read_rows, warn
+from d2v_ds.training.log import keep_rows, read_rows, warn
 
 if TYPE_CHECKING:
     from d2v_ds.training.run import Run
@@ -62,6 +64,12 @@ class Subset:
     source: Source
     train: Part
     test: Part
+
+    @property
+    def fingerprint(self) -> str:
+        """Of samples and labels: numbers of two subsets do not compare."""
+        text = json.dumps([(p.corpus.fingerprint, p.indices, p.labels.tolist()) for _, p in parts(self)])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class Probes:
@@ -99,11 +107,10 @@ class Probes:
                 warn("probes.png", error)
 
     def add_baselines(self, run: Run) -> None:
-        known = [{row["modality"] for row in read_rows(run.folder / FILE) if row["step"] == 0}]
-        dist.broadcast_object_list(known)
-        for name, subset in self.subsets.items():
-            if name in known[0]:
-                continue
+        missing = [self.without_baselines(run) if run.rank == 0 else []]
+        dist.broadcast_object_list(missing)
+        for name in missing[0]:
+            subset = self.subsets[name]
             encoder = build_encoder(run, subset.source, None)
             self.measure_encoder(run, name, "random init", encoder, step=0)
             samples = subset.source.samples
@@ -112,6 +119,23 @@ class Probes:
                 self.write(
                     run, judge_features("raw input", "raw", raw, subset) | {"step": 0, "modality": name}
                 )
+
+    def without_baselines(self, run: Run) -> list[str]:
+        """The modalities to be measured: all of a run that begins, whatever another left in its folder; of one that
+        goes on those of another subset, or half measured. What is there of their baselines is removed."""
+        path, missing = run.folder / FILE, []
+        rows = read_rows(path) if run.saver.last_good else []
+        for name, subset in self.subsets.items():
+            last = "raw input" if hasattr(subset.source.samples, "raw") else "random init"
+            done = {
+                r["weights"] for r in rows
+                if (r["step"], r["modality"], r.get("subset")) == (0, name, subset.fingerprint)
+                and r["features"] in ("all", "raw")
+            }  # fmt: skip
+            if last not in done:
+                missing.append(name)
+        keep_rows(path, lambda row: row["step"] > 0 or row["modality"] not in missing)
+        return missing
 
     def measure_weights(self, run: Run, weights: str, tensors: dict[str, Tensor]) -> None:
         for name, subset in self.subsets.items():
@@ -154,6 +178,7 @@ class Probes:
         run.say(f"probe at step {step}: {name}, {weights}: {', '.join(accuracies)}")
 
     def write(self, run: Run, row: Row) -> None:
+        row = row | {"subset": self.subsets[row["modality"]].fingerprint}
         numbers = {k: v for k, v in row.items() if k in ("ridge", "rankme", "alpha_req", "lidar")}
         numbers |= {f"knn_{k}": v for k, v in row["knn"].items()}
         curve = f"probe/{row['modality']}/{row['weights']}/{row['features']}".replace(" ", "_")
@@ -345,6 +370,7 @@ def plot(folder: Path) -> Path:
     figure, axes = plt.subplots(len(names), 3, figsize=(14, 3.6 * len(names)), squeeze=False)
     for line, name in zip(axes, names, strict=True):
         own = [row for row in rows if row["modality"] == name]
+        own = [row for row in own if row.get("subset") == own[-1].get("subset")]
         last = max(
             (r["features"] for r in own if r["features"].startswith("layer")), key=lambda t: int(t[6:])
         )

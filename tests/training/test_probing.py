@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from d2v_ds.recipe import load_recipe
 from d2v_ds.tasks.frozen import evaluate_frozen
 from d2v_ds.tasks.probe import choose, layer_means, read_labels, ridge
 from d2v_ds.tasks.spectrum import rankme
+from d2v_ds.training.probing import Probes
 
 PROBED = [
     "probe.every=1", "probe.train=multimodal-train-*.tar", "probe.test=multimodal-val-*.tar", "probe.samples=30",
@@ -160,6 +163,37 @@ def test_features_that_are_not_finite_are_said_and_end_nothing(results: dict, fo
         evaluate_frozen(
             "knn", folder / "diverged", folder, "noise-train.tar", "noise-test.tar", modality="image"
         )
+
+
+def baselines(subset: str, *features: str, modality: str = "image") -> list[dict]:
+    return [
+        {"step": 0, "modality": modality, "subset": subset, "features": name,
+         "weights": "raw input" if name == "raw" else "random init"}
+        for name in features
+    ]  # fmt: skip
+
+
+WHOLE = ("layer 1", "all", "raw")
+
+
+@pytest.mark.parametrize(
+    ("kept", "goes_on", "is_missing"),
+    [(("new", *WHOLE), True, False), (("new", *WHOLE), False, True), (("old", *WHOLE), True, True),
+     (("new", "layer 1", "all"), True, True)],
+    ids=["whole", "of another run", "of another subset", "cut short"],
+)  # fmt: skip
+def test_baselines_are_those_of_this_run_and_subset(
+    kept: tuple[str, ...], goes_on: bool, is_missing: bool, tmp_path: Path
+) -> None:
+    """Else they are measured again, and what is left of them goes."""
+    others = [*baselines("new", *WHOLE, modality="text"), baselines("old", "all")[0] | {"step": 5}]
+    lines = [json.dumps(row) + "\n" for row in (*baselines(*kept), *others)]
+    (tmp_path / "probes.jsonl").write_text("".join(lines))
+    subset = SimpleNamespace(fingerprint="new", source=SimpleNamespace(samples=SimpleNamespace(raw=None)))
+    run = SimpleNamespace(folder=tmp_path, saver=SimpleNamespace(last_good=tmp_path if goes_on else None))
+    missing = Probes(load_recipe("image_tiny"), {"image": subset}).without_baselines(run)
+    assert missing == ["image"] * is_missing
+    assert rows_of(tmp_path) == [*([] if is_missing else baselines(*kept)), *others]
 
 
 @pytest.mark.slow
