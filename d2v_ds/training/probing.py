@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +75,9 @@ class Subset:
 class Probes:
     """`measure(run)` when it is due; an empty one never is."""
 
-    def __init__(self, recipe: Recipe, subsets: dict[str, Subset]):
-        self.recipe, self.subsets = recipe, subsets
+    def __init__(self, recipe: Recipe, subsets: dict[str, Subset], problems: Sequence[str] = ()):
+        """`problems`: of modalities that the labelled shards do not hold."""
+        self.recipe, self.subsets, self.problems = recipe, subsets, problems
 
     def is_due(self, step: int) -> bool:
         every = self.recipe.probe.every
@@ -85,6 +86,8 @@ class Probes:
     def begin(self, run: Run) -> None:
         """Random initialisation and raw input: measured before the first step, so that what cannot be read is known
         before any work is lost; a run that goes on finds them in its file. All ranks call it."""
+        for problem in self.problems:
+            run.say(f"  {problem}")
         if self.subsets:
             run.watchdog.wait_patiently("probing")
             with undisturbed():
@@ -198,13 +201,18 @@ def open_probes(recipe: Recipe, sources: list[Source]) -> Probes:
     if not settings.every:
         return Probes(recipe, {})
     paths = {key: labelled_shards(recipe, key) for key in ("train", "test")}
+    if both := sorted(set(map(str, paths["train"])) & set(map(str, paths["test"]))):
+        raise ValueError(
+            f"probe.train={settings.train} and probe.test={settings.test} both name {both[0]}; what is fitted on says "
+            "nothing when it is tested on: give other shards"
+        )
     subsets, problems = {}, []
     for source in sources:
         fields = {**source.samples.fields, "label": settings.label}
         try:
             corpora = {key: Corpus.open(found, fields, progress=None) for key, found in paths.items()}
         except ValueError as error:  # this modality is not in these shards
-            problems.append(f"{source.name}: {error}")
+            problems.append(f"{source.name} is not probed: {error}")
             continue
         train, test = (open_part(corpora[key], recipe, f"probe.{key}") for key in ("train", "test"))
         unknown = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
@@ -218,7 +226,7 @@ def open_probes(recipe: Recipe, sources: list[Source]) -> Probes:
         raise ValueError(
             f"probe.train and probe.test hold no labelled sample of this run: {'; '.join(problems)}"
         )
-    return Probes(recipe, subsets)
+    return Probes(recipe, subsets, problems)
 
 
 def labelled_shards(recipe: Recipe, key: str) -> list[Path]:

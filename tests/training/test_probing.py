@@ -80,6 +80,7 @@ def results(folder: Path) -> dict[str, dict]:
             "no shards": Command(folder / "none", [*zero0, *PROBED, "probe.test=absent-*.tar"]),
             "no labels": Command(folder / "none", [*zero0, *PROBED, "probe.train=text-train-*.tar"]),
             "words": Command(folder / "none", [*zero0, *PROBED, "probe.label=txt"]),
+            "overlap": Command(folder / "none", [*zero0, *PROBED, "probe.test=multimodal-train-000000.tar"]),
             "garbled": Command(folder / "none", [*zero0, *PROBED, f"probe.test={garbled}"]),
         },
     )
@@ -136,14 +137,15 @@ def test_the_last_probe_is_what_the_saved_weights_give(weights: str, results: di
 
 
 def test_mistakes_are_told_before_training(results: dict) -> None:
-    mistakes = ("no shards", "no labels", "words", "garbled")
-    assert [results[name]["code"] for name in mistakes] == [2] * 4
+    mistakes = ("no shards", "no labels", "words", "overlap", "garbled")
+    assert [results[name]["code"] for name in mistakes] == [2] * 5
     assert "probe.test=absent-*.tar" in results["no shards"]["err"]
     assert (
         "probe.train=text-train-*.tar" in results["no labels"]["err"]
         and "no 'label'" in results["no labels"]["err"]
     )
     assert "is no integer" in results["words"]["err"] and "probe.label" in results["words"]["err"]
+    assert "both name" in results["overlap"]["err"] and "give other shards" in results["overlap"]["err"]
     assert "garbled.tar: garbled.tar:7 cannot be used: undecodable image" in results["garbled"]["err"]
     assert not any("step 1/" in results[name]["out"] for name in mistakes)
     with pytest.raises(ValueError, match="set probe.train"):
@@ -163,6 +165,11 @@ def test_features_that_are_not_finite_are_said_and_end_nothing(results: dict, fo
         evaluate_frozen(
             "knn", folder / "diverged", folder, "noise-train.tar", "noise-test.tar", modality="image"
         )
+
+
+def test_a_modality_without_labelled_samples_is_named(results: dict) -> None:
+    out = results["bf16"]["out"]
+    assert "audio is not probed: no sample of" in out and "image is not probed" not in out
 
 
 def baselines(subset: str, *features: str, modality: str = "image") -> list[dict]:
