@@ -73,7 +73,7 @@ def run_steps(run: Run) -> None:
         if report.is_wanted:
             write_log(run, report, clock)
         skips.observe(is_applied, micro_batches, report.each)
-        if run.probes.is_due(run.step):
+        if run.probes.is_due(run.step) and run.step != run.saved:  # not again after going back to it
             run.probes.measure(run)
         if run.examiner.is_due(run.step):
             run.examiner.score(run)

@@ -126,6 +126,13 @@ def test_a_run_goes_back_and_on_more_slowly(stage: int, tmp_path: Path) -> None:
     settings[2] = f"zero{stage}"
     if stage:
         settings += ["modalities.audio.data.batch=4", "modalities.audio.data.micro_batches=2"]
+    else:
+        settings += [
+            "probe.every=5",
+            "probe.train=multimodal-train-000000.tar",
+            "probe.test=multimodal-val-*.tar",
+        ]
+        settings += ["probe.samples=10"]
     command = torchrun if stage else python
     done = start(command(*settings, f"out={out}"))
     loop = json.loads((out / "step_00000060" / "loop.json").read_text())
@@ -139,6 +146,9 @@ def test_a_run_goes_back_and_on_more_slowly(stage: int, tmp_path: Path) -> None:
             shutil.rmtree(path)
     start(command(*settings, f"out={tmp_path / 'again'}"))
     assert without_timings(read_rows(tmp_path / "again")) == without_timings(read_rows(out))
+    if not stage:  # probes too are once a step
+        rows = [row["step"] for row in read_rows(out, "probes.jsonl") if row["weights"] == "student"]
+        assert rows == sorted(4 * [*range(5, 61, 5)])
     events = [row for row in read_rows(out, "verdicts.jsonl") if "rollback" in row]
     assert len(events) == 1 and events[0]["step"] == back["from"]
 
