@@ -29,6 +29,8 @@ SKETCH_DIM = 64
 than one percent of a step, and a rank worth a warning is far below 64."""
 SKETCH_TOKENS = 256
 """Of a micro-batch at most so many, evenly spaced."""
+LEAST_TOKENS = 32
+"""Fewer in a whole step have no rank: it is below their number, whatever they are."""
 
 
 class Sums:
@@ -305,6 +307,8 @@ class Health:
         values: dict[str, Tensor] = {}
         for name, rank_P in zip(names, ranks, strict=True):
             found = self.parts[name].places.values()
+            is_enough_P = self.parts[name].places.sums["sketched"] >= LEAST_TOKENS
+            rank_P = rank_P.where(is_enough_P, float("nan"))
             found = {"content": found.pop("content"), "rank": rank_P, **found}
             for i, place in enumerate(PLACES):
                 prefix = f"{name}/" if place == "target" else f"{name}/{place}_"

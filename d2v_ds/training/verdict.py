@@ -39,7 +39,8 @@ def judge(values: Mapping[str, float], margin: float = 1.0) -> Finding:
     The first that fits: what is constant has no content and no rank either. `margin`: how many times the least
     content and spread it takes to be healthy.
     """
-    odd = [key for key, value in values.items() if not math.isfinite(value) and not key.endswith("content")]
+    numbers = {key: value for key, value in values.items() if not key.endswith(("content", "rank"))}
+    odd = [key for key, value in numbers.items() if not math.isfinite(value)]
     if odd:
         return Finding("diverging", f"{odd[0]} is {values[odd[0]]}")
     for key in ("token_spread", "encoder_token_spread"):

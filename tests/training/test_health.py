@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,16 @@ def test_a_student_that_collapses_is_named_under_healthy_targets(state: str) -> 
     observed = output.observed._replace(hidden_NKD=hidden_NTD[rows, batch.keep_NK])
     finding = judge(measure((batch, output._replace(observed=observed))))
     assert finding.verdict == STATES[state] and "encoder" in finding.because
+
+
+def test_few_tokens_have_no_rank_and_are_not_called_low_rank() -> None:
+    batch, output = micro_batch("healthy", samples=1)
+    kept = slice(None), slice(4)
+    observed = output.observed._replace(hidden_NKD=output.observed.hidden_NKD[kept])
+    batch.keep_NK = batch.keep_NK[kept]
+    values = measure((batch, output._replace(observed=observed)))
+    assert math.isnan(values["encoder_rank"]) and values["rank"] > 8
+    assert judge(values).verdict == "healthy"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
