@@ -76,6 +76,8 @@ OF_NUMBERS = ("pearson", "spearman")
 
 def check_metrics(names: tuple[str, ...], outputs: int, source: str) -> None:
     """Raises ValueError for metrics that are not known, or not of a head with so many outputs."""
+    if not names:
+        raise ValueError(f"{source} names no metric; there are {', '.join(METRICS)}")
     for name in names:
         if name not in METRICS:
             raise ValueError(f"{source}: metric {name!r} is not known; there are {', '.join(METRICS)}")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from d2v_ds.tasks.metrics import measure
+from d2v_ds.tasks.metrics import check_metrics, measure
 
 
 def logits(*classes: int, number: int = 2) -> torch.Tensor:
@@ -35,3 +35,8 @@ def test_what_is_undefined_is_zero_without_a_warning():
     assert measure(("f1", "matthews"), logits(0, 0, 0), torch.tensor([0, 0, 0]))["score"] == 0
     assert measure(("matthews",), logits(1, 1, 1), torch.tensor([0, 1, 1]))["score"] == 0
     assert measure(("pearson", "spearman"), torch.ones(3, 1), torch.tensor([1.0, 2.0, 3.0]))["score"] == 0
+
+
+def test_no_metric_at_all_is_an_error():
+    with pytest.raises(ValueError, match=r"^task.metrics= names no metric; there are accuracy, f1"):
+        check_metrics((), 2, "task.metrics=")
