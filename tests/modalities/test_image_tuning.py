@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from d2v_ds.data import Draw
+from d2v_ds.modalities.image import tuning
 from d2v_ds.modalities.image.net import ImageConfig
 from d2v_ds.modalities.image.samples import ImageData, ImageSamples
 from d2v_ds.model.tuned import Task
@@ -90,3 +91,12 @@ def test_a_picture_of_another_size_is_close_to_both_steps():
     top = (resized.height - 224) // 2
     expected = own.normalise(resized.crop((16, top, 240, top + 224)))
     assert (own.prepare(picture) - expected).abs().max() < 3 / 255 / 0.224
+
+
+def test_a_policy_that_timm_does_not_know_is_an_error_before_training():
+    tuning.check_policy("rand-m9-mstd0.5-inc1")
+    for policy in ("foo", "rand-m9-k1", "rand-mx9"):
+        with pytest.raises(
+            ValueError, match=f"rand_augment={policy} is none in timm's notation, such as rand-m9"
+        ):
+            tuning.check_policy(policy)

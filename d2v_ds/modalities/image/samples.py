@@ -90,6 +90,7 @@ class ImageSamples:
         """Before a run that fine-tunes."""
         if tuning.needs_timm(self.config.data):
             tuning.import_timm()
+        tuning.check_policy(self.config.data.rand_augment)
 
     def attach(self, corpus: Corpus) -> None:
         self.unit_starts = corpus.shard_starts

@@ -38,6 +38,17 @@ def needs_timm(data: Any) -> bool:
     return bool(data.rand_augment or data.erase or data.mixup or data.cutmix)
 
 
+def check_policy(policy: str) -> None:
+    """Raises ValueError for what is no RandAugment in timm's notation."""
+    try:
+        if policy:
+            augmenter(policy, 224, (0.5, 0.5, 0.5))
+    except (AssertionError, ValueError) as error:
+        raise ValueError(
+            f"modalities.image.data.rand_augment={policy} is none in timm's notation, such as rand-m9-mstd0.5-inc1"
+        ) from error
+
+
 def recolour(image: Image.Image, policy: str, mean: tuple[float, ...], draw: Draw) -> Image.Image:
     """RandAugment, in timm's notation."""
     with seeded(draw, "rand_augment"):
