@@ -375,9 +375,9 @@ def override(recipe: Recipe, assignments: list[str] | tuple[str, ...]) -> Recipe
                 target[parent] = {}
             target = target[parent]
         is_text = isinstance(leaves.get(key), str) or key in ("out", "init", "remote.cache")
-        target[last] = (
-            text if is_text and not (text == "null" and is_optional(recipe, key)) else parse_value(text)
-        )
+        is_text &= not (text == "null" and is_optional(recipe, key))
+        is_text &= not (key == "task.test" and is_group(text))
+        target[last] = text if is_text else parse_value(text)
     return validated(settings, "recipe")
 
 
@@ -390,6 +390,12 @@ def is_known(key: str, text: str, leaves: dict[str, Any]) -> bool:
         or (parent in leaves and leaves[parent] is None)
         or (is_group and parse_value(text) is None)
     )
+
+
+def is_group(text: str) -> bool:
+    """Whether it is {name: text}, and no pattern such as {000..003}."""
+    value = parse_value(text)
+    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
 
 
 def is_optional(recipe: Recipe, key: str) -> bool:

@@ -111,6 +111,18 @@ def test_null_is_nothing_where_a_key_may_be_absent(key):
     assert dotted_keys(recipe)[key] is None
 
 
+def test_a_test_may_have_parts():
+    """A pattern in braces is one."""
+    for text, test in (
+        ("{a: x-*.tar, b: /y/*.tar}", {"a": "x-*.tar", "b": "/y/*.tar"}),
+        ("{a,b}.tar", "{a,b}.tar"),
+        ("{000..003}", "{000..003}"),
+        ("12", "12"),
+    ):
+        assert load_recipe("finetune_image_tiny", [f"task.test={text}"]).task.test == test
+    assert load_recipe("finetune_text_mnli", ["task.test=x-*.tar"]).task.test == "x-*.tar"
+
+
 def test_null_is_a_text_where_a_key_may_not_be_absent():
     assert load_recipe(TINY, ["name=null"]).name == "null"
 
