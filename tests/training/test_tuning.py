@@ -113,6 +113,8 @@ def test_labels_that_cannot_be_said_are_named(text: str, said: str) -> None:
 def test_a_regression_takes_finite_numbers_alone(text: str) -> None:
     task = Task(head="image_classification", outputs=1)
     assert task.parse("-1.5e-3") == -1.5e-3
+    with pytest.raises(ValueError, match="task.factor=0: Input should be greater than 0"):
+        load_recipe("finetune_text_stsb", ["task.factor=0"])
     with pytest.raises(ValueError, match=f"label '{text}' is no number, task.outputs=1 needs one"):
         task.parse(text)
 
