@@ -154,7 +154,8 @@ def fetch_beside(shard: RemoteShard, name: str, limit: int = 1 << 30) -> bytes |
 
 def drop(shard: RemoteShard) -> bool:
     """Removes a tar from the cache, so that what is read next is what the server has; False if it is being read."""
-    return not shard.path.is_file() or _remove(shard.path) > 0
+    _remove(shard.path)
+    return not shard.path.is_file()
 
 
 def remote_size(shard: RemoteShard) -> int | None:

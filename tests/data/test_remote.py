@@ -631,6 +631,10 @@ def test_index_verify_and_preview_work_on_urls(site, tmp_path, capsys):
         site.files["train-000002.tar"] = bytes(content)
         assert main(["verify", f"{url}/{NAMES}", *options]) == 1
         assert f"{url}/train-000002.tar: 1 of 7 samples differ" in capsys.readouterr().out
+        site.files["empty.tar"] = b""
+        for _ in range(2):  # an empty file is taken away from the cache too, which nobody reads
+            assert main(["verify", f"{url}/empty.tar", *options]) == 1
+            assert "being read by another process" not in capsys.readouterr().out
         assert main(["verify", f"{url}/absent.tar", *options]) == 1
         assert "absent.tar cannot be read" in capsys.readouterr().out
     assert main(["index", "pipe:cat a.tar"]) == 2
