@@ -362,6 +362,8 @@ def _expand_name(name: str) -> list[Path]:
 def _near(name: str) -> str:
     """Where tars are, when none are where they were looked for."""
     folder = Path(name if os.path.isdir(name) else os.path.dirname(name) or ".")
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        return f". {folder} may not be read (permission denied)"
     below = sorted({str(path.parent) for path in folder.glob("*/*.tar")})
     beside = sorted(path.name for path in folder.glob("*.tar"))
     if beside:

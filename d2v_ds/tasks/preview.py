@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,16 @@ def preview(
 ) -> dict[str, Any]:
     """Writes the contact sheet and gives what was found; indexes what is not indexed.
 
-    ValueError if `out` is no .png, or a number is below 1.
+    ValueError if `out` is no .png or cannot be written, or a number is below 1.
     """
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {out} must end in .png")
     for name, value in (("--samples", num_shown), ("--measured", num_measured)):
         if value < 1:
             raise ValueError(f"{name} {value} must be 1 or more")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ValueError(f"--out {out} is a folder, or may not be written; give another name")
     indexes = ensure_index(paths, workers, say)
     starts = np.concatenate([[0], np.cumsum([index.num_samples for index in indexes])])
     chosen = spread(int(starts[-1]), num_measured)
@@ -257,7 +261,6 @@ def draw(summary: dict[str, Any], samples: list[dict[str, Any]], out: Path) -> N
         _draw_tile(next(axes), title, content)
     for axis in axes:
         axis.axis("off")
-    out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=80, metadata={"Software": None})
 
 

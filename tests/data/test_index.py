@@ -326,6 +326,10 @@ def test_patterns_that_name_no_shards_are_errors(write_shards: Writer, pattern, 
         expand_shards(pattern.format(folder=folder) if isinstance(pattern, str) else pattern)
 
 
-def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+def test_an_empty_folder_and_one_that_may_not_be_read_are_errors(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(ValueError, match="matches nothing"):
         expand_shards(str(tmp_path))
+    monkeypatch.setattr("os.access", lambda *_: False)  # the tests may run as root, who may read all
+    for name in ("", "*.tar"):
+        with pytest.raises(ValueError, match=f"{tmp_path} may not be read"):
+            expand_shards(str(tmp_path / name))

@@ -98,3 +98,6 @@ def test_samples_are_spread_evenly():
 def test_other_endings_are_refused(folder, tmp_path, capsys):
     assert main(["preview", str(folder), "--out", str(tmp_path / "a.jpg")]) == 2
     assert "must end in .png" in capsys.readouterr().err
+    (tmp_path / "b.png").mkdir()
+    assert main(["preview", str(folder), "--out", str(tmp_path / "b.png")]) == 2
+    assert "is a folder, or may not be written" in capsys.readouterr().err
