@@ -19,13 +19,14 @@ import argparse
 import functools
 import io
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from shards.archives import Member, list_tar, unpack
 from shards.download import read_checksums, verify
-from shards.folder import look_at, walk
+from shards.folder import give, look_at, walk
 from shards.listing import Found, Part, Skipped, Stored, make_key, stamp_file
 from shards.parquet import class_names, read_rows, split_of
 from shards.prepare import Job, Source, write_json
@@ -40,6 +41,8 @@ MD5 = {
     VAL: "29b22e2961454d5413ddabcf34fc5622",
     DEVKIT: "fa75699e90414af021442c21a62c3abf",
 }
+IS_UNIQUE = re.compile(r"n\d{8}_|ILSVRC")
+"""Names of ImageNet's own files; of others, as 0.jpg, each class may have one."""
 MAGIC = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
 
 
@@ -178,7 +181,11 @@ def find_folders(source: Path) -> Source:
     """A part for each class of train/ and of val/."""
     wnids = sorted(path.name for path in (source / "train").iterdir() if path.is_dir())
     parts, notes = [], []
+    loose: list[Skipped] = []
     for folder in ("train", "val"):
+        if (source / folder).is_dir():
+            files = sorted(path for path in (source / folder).iterdir() if not path.is_dir())
+            loose += [Skipped(str(path), "lies in no folder of a class") for path in files]
         known = {path.name for path in (source / folder).glob("*") if path.is_dir()}
         if folder == "val" and not known and (source / folder).is_dir():
             notes.append(f"{source / folder} is left out: its images are not in folders of classes")
@@ -190,6 +197,7 @@ def find_folders(source: Path) -> Source:
             if place.is_dir():
                 listed = functools.partial(list_folder, folder=place, split=folder, cls=str(number))
                 parts.append(Part(f"{folder}/{wnid}", listed, f"{place} {place.stat().st_mtime_ns} {number}"))
+    parts.append(Part("loose", functools.partial(give, others=loose), str(loose)))
     return Source(parts=parts, classes=wnids, notes=notes)
 
 
@@ -206,7 +214,10 @@ def list_folder(scratch: Path, folder: Path, split: str, cls: str) -> Iterator[F
         except ValueError as error:
             bad.append(Skipped(path, str(error)))
             continue
-        yield Found(make_key(stem_of(path)), split, {ending: where, "cls": cls})
+        name = stem_of(path)
+        if not IS_UNIQUE.match(name):
+            name = os.path.splitext(os.path.relpath(path, folder.parent))[0]
+        yield Found(make_key(name), split, {ending: where, "cls": cls})
     yield from bad
 
 

@@ -131,6 +131,12 @@ def test_folders_of_classes_are_taken(tmp_path):
     assert status == 0, said
     assert made(tmp_path / "out") == expected()
     assert sorted(skipped(tmp_path / "out").values()) == [".csv is no image of ImageNet", "is empty"]
+    other = write_tree(
+        tmp_path / "other", {f"train/{name}/0.jpg": name for name in ("cat", "dog")} | {"train/1.jpg": "x"}
+    )
+    status, said = prepare("imagenet", other, "--out", tmp_path / "three")
+    assert status == 0 and set(read_shards(tmp_path / "three")) == {"cat/0", "dog/0"}, said
+    assert skipped(tmp_path / "three") == {str(other / "train/1.jpg"): "lies in no folder of a class"}
     (source / "val/n09999999").mkdir()
     status, said = prepare("imagenet", source, "--out", tmp_path / "two")
     assert status == 2 and "classes that train/ lacks: n09999999" in said
