@@ -217,7 +217,11 @@ def list_utterances(files: Iterable[tuple[str, Stored]], split: str) -> Iterator
 def read_transcripts(name: str, where: Stored) -> dict[str, str]:
     with open(where.file, "rb") as file:
         file.seek(where.offset)
-        lines = file.read(where.size).decode("utf-8").splitlines()
+        content = file.read(where.size)
+    try:
+        lines = content.decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 ({error}); get the archive again") from error
     parted = [line.partition(" ") for line in lines if line.strip()]
     if not all(text.strip() for _, _, text in parted):
         raise ValueError(f"{name} has a line that is not `<utterance> <transcript>`; get the archive again")

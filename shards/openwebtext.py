@@ -138,7 +138,13 @@ def find_tables(tables: list[Path], draw: Any) -> Source:
 
 def list_table(scratch: Path, path: Path, draw: Any) -> Iterator[Found | Skipped]:
     """The rows of a parquet file, whose column `text` holds a document each."""
-    for row in read_rows(path, scratch, ["text"], lambda row: ((row["text"] or "").encode(), {})):
+
+    def split_row(row: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+        if not isinstance(row["text"], str | None):
+            raise ValueError(f"{path}: its column text holds {str(row['text'])[:40]}, which is no text")
+        return (row["text"] or "").encode(), {}
+
+    for row in read_rows(path, scratch, ["text"], split_row):
         key = f"{make_key(path.stem)}/{row.number:07d}"
         if row.where.size:
             yield Found(key, draw(key), {"txt": row.where})

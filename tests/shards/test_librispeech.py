@@ -138,6 +138,10 @@ def test_utterances_without_transcript_and_transcripts_without_utterance_are_lis
         "100-7000-0001.flac": "is named in the transcripts, but not there",
     }
     assert len(read_shards(tmp_path / "out")) == 4
+    (text,) = [name for name in files if name.endswith("7000.trans.txt")][:1]
+    (source / text).write_bytes(b"100-7000-0000 \xff\n")
+    status, said = prepare("librispeech", source, "--out", tmp_path / "two", "--parts", "dev-clean")
+    assert status == 2 and "7000.trans.txt is not UTF-8" in said
 
 
 @pytest.mark.parametrize("cut", ["gz", "tar"])

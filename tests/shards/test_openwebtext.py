@@ -76,6 +76,10 @@ def test_parquet_files_are_taken(tmp_path):
     assert status == 0 and "2 left out" in said
     samples = read_shards(tmp_path / "out")
     assert samples == {f"train-00000-of-00001/{i:07d}": {"txt": texts[i].encode()} for i in range(30)}
+    (tmp_path / "numbers").mkdir()
+    parquet.write_table(pyarrow.table({"text": [5]}), tmp_path / "numbers/a.parquet")
+    status, said = prepare("openwebtext", tmp_path / "numbers", "--out", tmp_path / "two")
+    assert status == 2 and "its column text holds 5, which is no text" in said
 
 
 def test_another_archive_than_the_published_one_is_refused(tmp_path):
