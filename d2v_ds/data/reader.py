@@ -157,7 +157,7 @@ class ShardReader:
         try:
             with tarfile.open(fileobj=io.BytesIO(headers), mode="r:") as tar:
                 first = tar.next()
-        except tarfile.TarError:
+        except (tarfile.TarError, ValueError, OverflowError):  # of records of a PAX header that lie
             first = None
         name = split_name(first.name) if first else None
         return name[0] if name else f"sample {sample}"

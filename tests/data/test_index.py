@@ -267,6 +267,21 @@ def test_a_damaged_index_gives_corrupt_samples(tmp_path: Path, column: str, mixe
     assert open_quietly([path], fields).key(0) == "a.tar:sample 0"
 
 
+@pytest.mark.parametrize("wild", [b"\x80" + b"\xff" * 11, b"-0000000001\0"])
+def test_a_header_that_changes_names_its_sample_by_number(tmp_path: Path, wild: bytes) -> None:
+    """Sizes of a PAX header that tarfile cannot compute with."""
+    path = write_tar(tmp_path / "a.tar", [(f"{'long/' * 60}\u00e9.bin", b"x" * 9)])
+    corpus = open_quietly([path], {"content": "bin"})
+    content = bytearray(path.read_bytes())
+    content[124:136] = wild
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    content[int(corpus.indexes[0].members()[0]["offset"])] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptSample, match="a.tar:sample 0: its bytes differ"):
+        corpus.read(0)
+
+
 def test_few_files_are_open_at_a_time(write_shards: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("d2v_ds.data.index.MAX_OPEN_SHARDS", 2)
     gc.collect()
