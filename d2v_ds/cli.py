@@ -370,9 +370,11 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
     paths = find_shards(arguments)
     found = summary(reports := verify_shards(paths, arguments.workers, None if arguments.json else print))
+    code = 1 if found["bad_shards"] or found["missing_shards"] else 0
     if arguments.json:
         print(json.dumps(found, indent=1))
-        return 1 if found["bad_shards"] else 0
+        return code
+    wrong = (found["bad_shards"], "not in order"), (found["missing_shards"], "missing")
     for report in reports:
         for problem in report.problems:
             print(f"{report.shard}: {problem}")
@@ -380,9 +382,9 @@ def run_verify(arguments: argparse.Namespace) -> int:
             print(f"{report.shard}: note: {note}")
     print(
         f"{found['samples']} samples in {found['shards']} shards, {found['bytes'] / 1e6:.1f} MB: "
-        + (f"{found['bad_shards']} shards are not in order" if found["bad_shards"] else "all in order")
+        + (", ".join(f"{n} shards are {what}" for n, what in wrong if n) or "all in order")
     )
-    return 1 if found["bad_shards"] else 0
+    return code
 
 
 def run_preview(arguments: argparse.Namespace) -> int:

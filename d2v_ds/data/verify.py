@@ -40,6 +40,8 @@ class Report:
     """What is wrong; empty = nothing"""
     notes: list[str] = field(default_factory=list)
     """What one may want to know, but is not wrong"""
+    is_missing: bool = False
+    """It is listed, but not there"""
 
 
 def verify_shards(
@@ -53,7 +55,7 @@ def verify_shards(
     said = {folder: published_in(folder) for folder in used}
     job = functools.partial(verify_shard, said=said)
     return map_shards(job, paths, workers, progress, "verified") + [
-        Report(f"{folder}/{name}", problems=[f"it is not there, but {source} lists it"])
+        Report(f"{folder}/{name}", problems=[f"it is not there, but {source} lists it"], is_missing=True)
         for folder, names in used.items()
         for name, source in lost_shards(folder, names).items()
     ]
@@ -100,8 +102,9 @@ def _verify_file(path: Path, rows: list[dict[str, Any]], report: Report) -> None
 def summary(reports: list[Report]) -> dict[str, Any]:
     """All reports and their sums, for JSON."""
     return {
-        "shards": len(reports),
-        "bad_shards": sum(bool(report.problems) for report in reports),
+        "shards": sum(not report.is_missing for report in reports),
+        "bad_shards": sum(bool(report.problems) and not report.is_missing for report in reports),
+        "missing_shards": sum(report.is_missing for report in reports),
         "samples": sum(report.samples for report in reports),
         "bytes": sum(report.size for report in reports),
         "reports": [asdict(report) for report in reports],

@@ -143,7 +143,9 @@ def test_a_shard_that_is_listed_and_not_there_is_a_problem(shards, capsys, file)
     assert verify(capsys, *shards)[0] == 0
     shards[1].unlink()
     code, found = verify(capsys, shards[0].parent)
-    assert code == 1 and only_problem(found, shards[1]) == f"it is not there, but {file} lists it"
+    assert (code, found["shards"], found["bad_shards"], found["missing_shards"]) == (1, 2, 0, 1)
+    assert found["reports"][2]["shard"] == str(shards[1])
+    assert found["reports"][2]["problems"] == [f"it is not there, but {file} lists it"]
     assert verify(capsys, shards[0])[0] == 0
 
 
