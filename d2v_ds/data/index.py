@@ -200,14 +200,14 @@ class Corpus:
         if not 0 <= i < starts[-1]:
             raise IndexError(f"sample {i} of a corpus of {starts[-1]}")
         shard = bisect.bisect_right(starts, i) - 1  # of a list: np.searchsorted takes ten times as long
-        return self._reader(shard), stored_row(i - starts[shard], self._left_out[shard])
+        reader, left_out = self._readers.get(shard) or self._open(shard), self._left_out[shard]
+        sample = i - starts[shard]
+        return reader, sample if left_out is None else stored_row(sample, left_out)
 
-    def _reader(self, shard: int) -> ShardReader:
-        reader = self._readers.get(shard)
-        if reader is None:
-            if len(self._readers) >= MAX_OPEN_SHARDS:
-                self._readers.pop(next(iter(self._readers))).close()
-            reader = self._readers[shard] = ShardReader(self.indexes[shard], self.fields)
+    def _open(self, shard: int) -> ShardReader:
+        if len(self._readers) >= MAX_OPEN_SHARDS:
+            self._readers.pop(next(iter(self._readers))).close()
+        reader = self._readers[shard] = ShardReader(self.indexes[shard], self.fields)
         return reader
 
     def _count(self) -> None:

@@ -221,26 +221,31 @@ class StepLoader:
 
     def _start(self, step: int) -> Iterator[MicroBatch]:
         """All micro-batches of this rank from a step on; workers that were started before end."""
+        data = _MicroBatches(self.sources, self.plan)
+        items = _Items(self.plan, self.rank, self.world, range(step, self.steps.stop))
+        pin = torch.cuda.is_available()
+        if (
+            not self.workers
+        ):  # what a DataLoader does between two batches takes as long as reading ten small samples
+            return (micro.pin_memory() if pin else micro for micro in map(data.__getitem__, items))
         workers, leaving = self.workers, multiprocessing.get_context("fork").Event()
         if self._leave:
             self._leave()
         self._leave = weakref.finalize(self, leaving.set)  # at the latest when the process exits
         loader = DataLoader(
-            _MicroBatches(self.sources, self.plan),
+            data,
             batch_size=None,
-            sampler=_Items(self.plan, self.rank, self.world, range(step, self.steps.stop)),
+            sampler=items,
             num_workers=workers,
             collate_fn=_identity,
             worker_init_fn=partial(_init_worker, leaving),
-            multiprocessing_context="fork" if workers else None,
-            prefetch_factor=(
-                math.ceil(self.prefetch_steps * self.items_per_step / workers) if workers else None
-            ),
-            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context="fork",
+            prefetch_factor=math.ceil(self.prefetch_steps * self.items_per_step / workers),
+            pin_memory=pin,
             generator=torch.Generator(),  # else each iteration draws from the global one
         )
         started = iter(loader)
-        if workers and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
             # torch's handler raises wherever the process stands when a worker dies, in the middle of a step too; the
             # iterator looks after its workers by itself.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -312,16 +317,16 @@ class _MicroBatches(Dataset):
     def __getitem__(self, item: Item) -> MicroBatch:
         step, name, index = item
         source, faults = self.sources[name], []
-        samples, corpus = source.samples, source.corpus
+        read, corpus = source.samples.read, source.corpus
         draws, decoded = self.plan.draws(step, name, index), []
         for place, draw in enumerate(draws):
             try:
-                decoded.append(samples.read(corpus, draw.unit))
+                decoded.append(read(corpus, draw.unit))
             except ValueError as error:
                 faults.append(_fault(source, draw.unit, error, step))
                 unit, draws[place] = _replace(source, self.plan, draw, step, faults)
                 decoded.append(unit)
-        return MicroBatch(name, step, index, samples.collate(decoded, draws), faults)
+        return MicroBatch(name, step, index, source.samples.collate(decoded, draws), faults)
 
 
 class _Items(Sampler):
