@@ -2,13 +2,14 @@
 
     python scripts/bench_loader.py            # writes docs/benchmarks/loader.md and .json, in under 8 minutes
 
-Every number is a process of its own that reads what the others read, one reader after another, round after round;
-medians of --rounds, with the range. Shards lie in the page cache. CPU time is that of the process, which keeps freed
-memory as data workers do. `bytes`: samples of 5 kB, not decoded; `raw` reads the files in pieces of 1 MiB, `pread`
-one sample after another in a shuffled order, at offsets that it knows, and looks at nothing. `jpeg`, `flac`: whole
-batches as a run has them, beside the decoder alone: the same files from memory through the same decoding, cropping
-and normalising, without index, plan, batch or loader. `start`: from the first line of a program that has imported
-everything to its first batch, with two workers.
+Every number is a process of its own, forked from one that has imported everything, that reads what the others read,
+one reader after another, round after round; medians of --rounds, with the range. Shards lie in the page cache. CPU
+time is that of the process, which keeps freed memory as data workers do. `bytes`: samples of 5 kB, not decoded;
+`pread` reads them raw, one after another in a shuffled order, at offsets that it knows, and looks at nothing; `pieces`
+reads the files from end to end in pieces of 1 MiB that it throws away: what the memory gives, and no order of samples
+can. `jpeg`, `flac`: whole batches as a run has them, beside the decoder alone: the same files from memory through the
+same decoding, cropping and normalising, without index, plan, batch or loader. `start`: from the first line of a
+program that has imported everything to its first batch, with two workers.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import platform
 import random
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -219,11 +220,11 @@ def time_start(folder: Path) -> dict[str, float]:
 
 
 def run(reader: str, kind: str, folder: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", reader, kind, str(folder)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{reader} of {kind} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    """In a process of its own, forked from this one, which has imported everything."""
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, context, initializer=keep_memory) as pool:
+        task = (time_start, folder) if kind == "start" else (read, reader, kind, folder)
+        return pool.submit(*task).result()
 
 
 def summarise(rows: list[dict[str, float]]) -> dict[str, Any]:
@@ -280,14 +281,8 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "benchmarks", help="folder for loader.md and .json"
     )
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.one:
-        keep_memory()  # as data workers do
-        reader, kind, folder = arguments.one
-        print(json.dumps(time_start(Path(folder)) if kind == "start" else read(reader, kind, Path(folder))))
-        return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_shards(folder)

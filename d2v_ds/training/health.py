@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import gcd
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -71,7 +70,7 @@ class Spread(Sums):
             target_square=target.square().sum((0, 1)).double(),
             pred=pred.sum((0, 1)).double(),
             pred_square=pred.square().sum((0, 1)).double(),
-            error=F.mse_loss(pred, target, reduction="sum").double(),
+            error=(pred - target).square().sum().double(),
         )
 
     def values(self) -> dict[str, Tensor]:
@@ -94,105 +93,73 @@ def standard_deviation(squares: Tensor, count: Tensor) -> Tensor:
     return ((squares / (count - 1).clamp(min=1)).clamp(min=0) + 1e-6).sqrt().mean()
 
 
-class Place(NamedTuple):
-    """The tokens of one place in one micro-batch."""
+class Place:
+    """The tokens of one place in one micro-batch, and what is summed up of them.
 
-    x_BND: Tensor
-    positions_BN: Tensor | None = None
-    """Where in the sample each one lies; None = at 0, 1, ..."""
-    unused_BN: Tensor | None = None
-    """Bool, True = not to be looked at; None = none."""
+    `padding_BT`: bool, True = not to be looked at. `positions_BT`: where in the sample each row lies; None = at 0, 1,
+    ... `before_norms_BTD`: the spreads are of these; None = of `x_BTD`.
+    """
 
+    def __init__(
+        self,
+        x_BTD: Tensor,
+        padding_BT: Tensor | None,
+        positions_BT: Tensor | None = None,
+        before_norms_BTD: Tensor | None = None,
+    ) -> None:
+        self.x_BTD = x_BTD.float()
+        self.raw_BTD = self.x_BTD if before_norms_BTD is None else before_norms_BTD.float()
+        self.real_BT = torch.ones(x_BTD.shape[:2], dtype=torch.float64, device=x_BTD.device)
+        self.positions_BT = positions_BT
+        if padding_BT is not None:
+            self.real_BT = (~padding_BT).double()
+            padding_BT1 = padding_BT[..., None]
+            self.x_BTD = self.x_BTD.masked_fill(padding_BT1, 0)
+            self.raw_BTD = (
+                self.x_BTD if before_norms_BTD is None else self.raw_BTD.masked_fill(padding_BT1, 0)
+            )
 
-PLACES = ("target", "pred", "encoder", "local")
-BEFORE_NORMS = "layers"
-"""A place more: what targets are made of; their spreads are of this."""
+    def sums(self, tokens: int) -> dict[str, Tensor]:
+        """Of a modality of `tokens` positions."""
+        squares_BT = self.x_BTD.square().sum(2).double()
+        raw_squares_BT = squares_BT
+        if self.raw_BTD is not self.x_BTD:
+            raw_squares_BT = self.raw_BTD.square().sum(2).double()
+        return self.sum_positions(squares_BT, tokens) | self.sum_samples(raw_squares_BT) | self.sum_sketch()
 
+    def sum_positions(self, squares_BT: Tensor, tokens: int) -> dict[str, Tensor]:
+        """For content: each (T, ...)."""
+        if self.positions_BT is None:
+            seen_T, total_TD, squares_T = self.real_BT.sum(0), self.x_BTD.sum(0).double(), squares_BT.sum(0)
+        else:
+            where = self.positions_BT.flatten()
+            zeros_T = squares_BT.new_zeros(tokens)
+            zeros_TD = squares_BT.new_zeros(tokens, self.x_BTD.shape[2])
+            seen_T = zeros_T.index_add(0, where, self.real_BT.flatten())
+            squares_T = zeros_T.index_add(0, where, squares_BT.flatten())
+            total_TD = zeros_TD.index_add(0, where, self.x_BTD.double().flatten(0, 1))
+        return {"seen_T": seen_T, "total_TD": total_TD, "squares_T": squares_T}
 
-class Places(Sums):
-    """Content, rank and spread of the P places, all (P, ...) or, with positions, (T, P, ...)."""
-
-    def add(self, places: list[Place], tokens: int) -> None:
-        """Of a modality of `tokens` positions. A place more than PLACES has no rank."""
-        x_PBTD, real_PBT = lay_out(places, tokens)
-        squares_PBT = x_PBTD.square().sum(3)
-        count_PB = real_PBT.sum(2, dtype=torch.float64)
-        total_PBD = x_PBTD.sum(2).double()
-        mean_PBD = total_PBD / count_PB.clamp(min=1)[..., None]
-        x_PNS, sketched_P = sketch(places[: len(PLACES)])
-        self.add_sums(
-            # for content
-            seen_TP=real_PBT.sum(1, dtype=torch.float64).T,
-            total_TPD=x_PBTD.sum(1).double().transpose(0, 1),
-            squares_TP=squares_PBT.sum(1, dtype=torch.float64).T,
-            # for the spreads, of samples' means and of tokens
-            samples=count_PB.count_nonzero(1).double(),
-            means_PD=mean_PBD.sum(1),
-            mean_squares=mean_PBD.square().sum((1, 2)),
-            tokens=count_PB.sum(1),
-            tokens_PD=total_PBD.sum(1),
-            token_squares=squares_PBT.sum((1, 2), dtype=torch.float64),
-            # for the rank; squared in fp64, since errors of fp32 would be a rank of their own
-            sketched=sketched_P,
-            sketched_PS=x_PNS.sum(1),
-            gram_PSS=x_PNS.mT @ x_PNS,
-        )
-
-    def values(self) -> dict[str, Tensor]:
-        """Each (P,)."""
-        s = self.sums
+    def sum_samples(self, squares_BT: Tensor) -> dict[str, Tensor]:
+        """For the spreads, of samples' means and of tokens."""
+        count_B = self.real_BT.sum(1)
+        total_BD = self.raw_BTD.sum(1).double()
+        mean_BD = total_BD / count_B.clamp(min=1)[:, None]
         return {
-            "content": content(s["seen_TP"], s["total_TPD"], s["squares_TP"]),
-            "spread": relative(s["samples"], s["means_PD"], s["mean_squares"]),
-            "token_spread": relative(s["tokens"], s["tokens_PD"], s["token_squares"]),
+            "samples": count_B.count_nonzero().double(),
+            "means_D": mean_BD.sum(0),
+            "mean_squares": mean_BD.square().sum(),
+            "tokens": count_B.sum(),
+            "tokens_D": total_BD.sum(0),
+            "token_squares": squares_BT.sum(),
         }
 
-    def covariance(self) -> Tensor:
-        """Of the sketched tokens; (P, S, S)."""
-        mean_PS = self.sums["sketched_PS"] / self.sums["sketched"][:, None]
-        gram_PSS = self.sums["gram_PSS"] / self.sums["sketched"][:, None, None]
-        return gram_PSS - mean_PS[:, :, None] * mean_PS[:, None, :]
-
-
-def lay_out(places: list[Place], tokens: int) -> tuple[Tensor, Tensor]:
-    """All places side by side, each token at its position: (P, B, T, D) fp32, 0 where nothing is looked at, and
-    (P, B, T), 1 where something is. So that an operator serves them all: in small models operators are the cost."""
-    batch, _, dim = places[0].x_BND.shape
-    x_PBTD = places[0].x_BND.new_zeros(len(places), batch, tokens + 1, dim, dtype=torch.float32)
-    real_PBT = x_PBTD.new_zeros(len(places), batch, tokens + 1)
-    rows_B1 = torch.arange(batch, device=x_PBTD.device)[:, None]
-    for (x_BND, positions_BN, unused_BN), x_BTD, real_BT in zip(places, x_PBTD, real_PBT, strict=True):
-        if positions_BN is None:
-            x_BTD[:, :tokens], real_BT[:, :tokens] = x_BND, 1
-            if unused_BN is not None:
-                x_BTD[:, :tokens].masked_fill_(unused_BN[..., None], 0)
-                real_BT[:, :tokens].masked_fill_(unused_BN, 0)
-            continue
-        if unused_BN is not None:
-            positions_BN = positions_BN.masked_fill(unused_BN, tokens)  # a position more, for the unused
-        x_BTD[rows_B1, positions_BN] = x_BND.float()
-        real_BT.scatter_(1, positions_BN, 1)
-    x_PBTD[:, :, tokens], real_PBT[:, :, tokens] = 0, 0
-    return x_PBTD, real_PBT
-
-
-def sketch(places: list[Place]) -> tuple[Tensor, Tensor]:
-    """(P, SKETCH_TOKENS, S) fp64, tokens of each place, evenly spaced, then rows of zeros; (P,) how many they are."""
-    x = places[0].x_BND
-    project = projection(x.shape[2], x.device)
-    x_PNS = x.new_zeros(len(places), SKETCH_TOKENS, project.shape[1], dtype=torch.float64)
-    counts = []
-    for (x_BND, _, unused_BN), x_NS in zip(places, x_PNS, strict=True):
-        step = sketch_step(x_BND.shape[0] * x_BND.shape[1], x_BND.shape[1])
-        x_ND = x_BND.flatten(0, 1)[::step].float()
-        count = x.new_full((), len(x_ND), dtype=torch.float64)
-        if unused_BN is not None:
-            unused_N = unused_BN.flatten()[::step]
-            x_ND = x_ND.masked_fill(unused_N[:, None], 0)
-            count -= unused_N.sum()
-        x_NS[: len(x_ND)] = x_ND @ project
-        counts.append(count)
-    return x_PNS, torch.stack(counts)
+    def sum_sketch(self) -> dict[str, Tensor]:
+        """For the rank; squared in fp64, since errors of fp32 would be a rank of their own."""
+        step = sketch_step(self.real_BT.numel(), self.real_BT.shape[1])
+        x_NS = sketch(self.x_BTD.flatten(0, 1)[::step]).double()
+        sketched = self.real_BT.flatten()[::step].sum()
+        return {"sketched": sketched, "sketched_S": x_NS.sum(0), "gram_SS": x_NS.T @ x_NS}
 
 
 def sketch_step(rows: int, tokens: int) -> int:
@@ -203,13 +170,46 @@ def sketch_step(rows: int, tokens: int) -> int:
     return step
 
 
+def sketch(x_ND: Tensor) -> Tensor:
+    """(N, D) -> (N, S)."""
+    dim = x_ND.shape[1]
+    return x_ND if dim <= SKETCH_DIM else x_ND @ projection(dim, x_ND.device)
+
+
 @lru_cache
 def projection(dim: int, device: torch.device) -> Tensor:
-    """(D, S), equal in every run; the run's own random state is left alone."""
-    if dim <= SKETCH_DIM:
-        return torch.eye(dim, device=device)
+    """Equal in every run; the run's own random state is left alone."""
     generator = torch.Generator().manual_seed(0)
     return (torch.randn(dim, SKETCH_DIM, generator=generator) / dim**0.5).to(device)
+
+
+PLACES = ("target", "pred", "encoder", "local")
+
+
+class Places(Sums):
+    """Content, rank and spread of the P places. They lie side by side in each sum, so that an operator serves all:
+    (P,) of numbers, (T, P, ...), (D, P) and (S, P, S) of the others."""
+
+    def add(self, places: list[Place], tokens: int) -> None:
+        sums = [place.sums(tokens) for place in places]
+        self.add_sums(
+            **{key: torch.stack([s[key] for s in sums], min(x.ndim, 1)) for key, x in sums[0].items()}
+        )
+
+    def values(self) -> dict[str, Tensor]:
+        """Each (P,)."""
+        s = self.sums
+        return {
+            "content": content(s["seen_T"], s["total_TD"], s["squares_T"]),
+            "spread": relative(s["samples"], s["means_D"], s["mean_squares"]),
+            "token_spread": relative(s["tokens"], s["tokens_D"], s["token_squares"]),
+        }
+
+    def covariance(self) -> Tensor:
+        """Of the sketched tokens; (P, S, S)."""
+        mean_PS = (self.sums["sketched_S"] / self.sums["sketched"]).T
+        gram_PSS = self.sums["gram_SS"].transpose(0, 1) / self.sums["sketched"][:, None, None]
+        return gram_PSS - mean_PS[:, :, None] * mean_PS[:, None, :]
 
 
 def content(seen_TP: Tensor, total_TPD: Tensor, squares_TP: Tensor) -> Tensor:
@@ -228,24 +228,26 @@ def content(seen_TP: Tensor, total_TPD: Tensor, squares_TP: Tensor) -> Tensor:
     return (within / overall.clamp(min=1e-30)).clamp(0)
 
 
-def relative(count_P: Tensor, total_PD: Tensor, square_P: Tensor) -> Tensor:
+def relative(count_P: Tensor, total_DP: Tensor, square_P: Tensor) -> Tensor:
     """How far samples, or tokens, lie apart, beside how far from zero they lie.
 
     sqrt(s^2 / (s^2 + m^2)) with s^2 their variance, summed over channels, and m the length of their mean: nearly
     s / m where it is small, 0 = all are alike, 1 = they have nothing in common.
     """
     mean_square = square_P / count_P
-    variance = mean_square - (total_PD / count_P[:, None]).square().sum(1)
+    variance = mean_square - (total_DP / count_P).square().sum(0)
     return (variance / mean_square.clamp(min=1e-30)).clamp(0, 1).sqrt()
 
 
 def effective_rank(covariance_SS: Tensor) -> Tensor:
     """exp of the entropy of the singular values (Roy & Vetterli 2007; RankMe, arXiv:2210.02885) of rows that have this
     covariance: (..., S, S) -> (...); nan for what is not finite."""
-    is_finite = covariance_SS.sum((-1, -2)).isfinite()[..., None, None]
-    singular = torch.linalg.eigvalsh(covariance_SS.where(is_finite, 0)).clamp(min=0).sqrt()
+    is_finite = covariance_SS.isfinite().all(-1).all(-1)
+    safe = torch.where(is_finite[..., None, None], covariance_SS, torch.zeros_like(covariance_SS))
+    singular = torch.linalg.eigvalsh(safe).clamp(min=0).sqrt()
     share = singular / singular.sum(-1, keepdim=True).clamp(min=1e-30)
-    return torch.special.entr(share).sum(-1).exp().where(is_finite[..., 0, 0], float("nan"))
+    rank = torch.special.entr(share).sum(-1).exp()
+    return torch.where(is_finite, rank, torch.full_like(rank, float("nan")))
 
 
 class Modality:
@@ -270,13 +272,12 @@ class Modality:
 
         self.spread.add(output.target_NJD, output.pred_NJD, output.counts_NJ)
         places = {
-            "target": Place(output.targets_BTD, None, padding_BT),
-            "pred": Place(output.pred_NJD[::views], masked_BJ, filler_BJ),
-            "encoder": Place(observed.hidden_NKD[::views], keep_BK, unseen_BK),
-            "local": Place(observed.local_BTD, None, padding_BT),
-            BEFORE_NORMS: Place(observed.layers_BTD, None, padding_BT),
+            "target": Place(output.targets_BTD, padding_BT, before_norms_BTD=observed.layers_BTD),
+            "pred": Place(output.pred_NJD[::views], filler_BJ, masked_BJ),
+            "encoder": Place(observed.hidden_NKD[::views], unseen_BK, keep_BK),
+            "local": Place(observed.local_BTD, padding_BT),
         }
-        self.places.add([places[name] for name in (*PLACES, BEFORE_NORMS)], tokens)
+        self.places.add([places[name] for name in PLACES], tokens)
 
     def sums(self) -> list[Sums]:
         return [self.spread, self.places]
@@ -312,8 +313,7 @@ class Health:
             found = {"content": found.pop("content"), "rank": rank_P, **found}
             for i, place in enumerate(PLACES):
                 prefix = f"{name}/" if place == "target" else f"{name}/{place}_"
-                for key, value_P in found.items():
-                    values[prefix + key] = value_P[-1 if place == "target" and "spread" in key else i]
+                values |= {prefix + key: value_P[i] for key, value_P in found.items()}
             values |= {f"{name}/{key}": value for key, value in self.parts[name].spread.values().items()}
         numbers = torch.stack(list(values.values()))
         if dist.get_world_size() > 1:

@@ -201,7 +201,7 @@ def test_a_sketch_keeps_a_low_rank(rank: int, offset: float) -> None:
 
 def rank_of(x_BTD: torch.Tensor) -> float:
     places = Places()
-    places.add([Place(x_BTD)], x_BTD.shape[1])
+    places.add([Place(x_BTD, None)], x_BTD.shape[1])
     return effective_rank(places.covariance()).item()
 
 
