@@ -256,6 +256,11 @@ def find_rows(job: Job, source: Path, arguments: argparse.Namespace) -> Source:
         if extra:
             texts["json"] = json.dumps(extra)
         file = str(root / str(row[path])) if path and row.get(path) not in (None, "") else None
+        if file and ending_of(file) in texts:
+            raise ValueError(
+                f"{source}: row {number + 1} names the file {row[path]} and has a {text} too; a sample has one text: "
+                "leave one of them out"
+            )
         if file and MODALITY_OF.get(ending_of(file)) not in arguments.modality:
             others.append(Skipped(file, f"row {number + 1}: .{ending_of(file)} is of no kind that is taken"))
             continue

@@ -127,6 +127,8 @@ def samples_of(
         except Unusable as error:
             bad, last = bad + 1, f"row {number} {error}"
             yield Skipped(where, str(error))
+    if not rows:
+        raise ValueError(f"{path} holds no row, its header alone; give the whole file")
     if bad > MAX_BAD * rows:
         raise ValueError(
             f"{path}: {bad} of {rows} rows cannot be used; the last: {last}. Correct them, or name other columns"

@@ -104,6 +104,7 @@ def build_index(path: Path, name: str | None = None) -> ShardIndex:
         "members_sha256": hashlib.sha256(members).hexdigest(),
         "sidecars": {"members.npy": len(members), "idx": len(offsets)},
     }
+    record["sha256"] = _digest(record)
     folder = _index_folder(path, offsets)
     sidecar(folder, path, "json").unlink(missing_ok=True)
     write_atomically(sidecar(folder, path, "members.npy"), members)
@@ -142,6 +143,8 @@ def _fetch_index(shard: RemoteShard) -> ShardIndex | None:
         record = json.loads(content or b"")
         sizes = record["sidecars"]
         if record["version"] != VERSION or record["size"] != remote_size(shard):
+            return None
+        if record.get("sha256", "") not in ("", _digest(record)):
             return None
     except (ValueError, KeyError, TypeError):  # there is none, or it is another tool's
         return None
@@ -292,6 +295,8 @@ def _stored(path: Path) -> Iterator[tuple[dict, ShardIndex | None]]:
             continue
         try:
             record = json.loads(file.read_bytes())
+            if record.get("sha256", "") not in ("", _digest(record)):
+                raise ValueError("its bytes differ from those that were written")
             sizes = record["sidecars"] if record["version"] == VERSION else None
             is_whole = sizes is not None and all(
                 _size_of(sidecar(folder, path, name)) == size for name, size in sizes.items()
@@ -299,6 +304,12 @@ def _stored(path: Path) -> Iterator[tuple[dict, ShardIndex | None]]:
             yield record, _from_record(path, folder, record) if is_whole else None
         except (ValueError, KeyError, TypeError, AttributeError):  # damaged, or another tool's
             yield {}, None
+
+
+def _digest(record: dict) -> str:
+    """Of all that an index says but this; older indexes say none."""
+    said = {name: value for name, value in record.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _is_fresh(path: Path, record: dict) -> bool:

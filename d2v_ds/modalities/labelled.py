@@ -50,7 +50,7 @@ class Labelled:
 
     def read(self, corpus: Corpus, unit: int) -> tuple[Any, float | int]:
         fields = corpus.read(unit)
-        label = self.parse(text_of(fields))
+        label = self.parse(text_of(fields[FIELD]))
         decoded = self.samples.read(Fields(fields), unit)
         if hasattr(self.samples, "check_pair"):
             self.samples.check_pair(decoded, label, self.task)
@@ -61,8 +61,14 @@ class Labelled:
         return self.samples.collate_whole(list(decoded), draws, list(labels), self.task)
 
 
-def text_of(fields: dict[str, bytes]) -> str:
-    return fields[FIELD].decode(errors="replace").strip()
+def text_of(label: bytes) -> str:
+    """ValueError if it is no UTF-8: a model would learn to write the sign that stands for what cannot be read."""
+    try:
+        return label.decode().strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the label {label[:40]!r} is no UTF-8 ({error.reason}); store it as UTF-8"
+        ) from error
 
 
 def check_labels(name: str, corpus: Corpus, parse: Callable[[str], Any]) -> None:
@@ -71,6 +77,6 @@ def check_labels(name: str, corpus: Corpus, parse: Callable[[str], Any]) -> None
     labels.fields = {FIELD: corpus.fields[FIELD]}  # of which nothing else is read
     for i in np.unique(np.linspace(0, len(labels) - 1, CHECKED, dtype=int)):
         try:
-            parse(text_of(labels.read(int(i))))
+            parse(text_of(labels.read(int(i))[FIELD]))
         except ValueError as error:
             raise ValueError(f"{name}: {labels.key(int(i))}: {error}") from error

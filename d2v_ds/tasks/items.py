@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from d2v_ds.data import Corpus, expand_shards
 from d2v_ds.modalities import inputs
+from d2v_ds.modalities.labelled import text_of
 
 Content = bytes | tuple[bytes, bytes]
 """Of a file or member, or of the two that a pair of texts is."""
@@ -105,7 +106,11 @@ class ShardItems:
     def read(self, i: int) -> tuple[Content, str]:
         fields = self.corpus.read(i)
         content = tuple(fields[part] for part in self.parts)
-        return content[0] if len(content) == 1 else content, fields["label"].decode(errors="replace").strip()
+        try:
+            label = text_of(fields["label"])
+        except ValueError as error:
+            raise self.corpus.corrupt(i, str(error)) from error
+        return content[0] if len(content) == 1 else content, label
 
 
 class FileItems:

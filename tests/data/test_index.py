@@ -186,8 +186,12 @@ def test_a_stale_or_broken_index_is_built_again(write_shards: Writer) -> None:
     members.write_bytes(members.read_bytes()[:-26])
     assert len(ensure_index([path], progress=None)[0].members()) == 80
     record = json.loads(path.with_suffix(".tar.json").read_bytes())
-    path.with_suffix(".tar.json").write_text(json.dumps(record | {"version": 0}))
-    assert shard.load_index(path) is None
+    for damaged in (record | {"version": 0}, record | {"samples": 41}, record | {"extensions": {"bio": 40}}):
+        path.with_suffix(".tar.json").write_text(json.dumps(damaged))
+        assert shard.load_index(path) is None
+    del record["sha256"]  # as indexes were before
+    path.with_suffix(".tar.json").write_text(json.dumps(record))
+    assert shard.load_index(path)
 
 
 def test_a_fresh_index_is_not_built_again(write_shards: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +262,7 @@ def test_a_damaged_index_gives_corrupt_samples(tmp_path: Path, column: str, mixe
         return
     for i in range(len(corpus)):
         assert corpus.key(i).startswith("a.tar:")
-        for read in (corpus.read, lambda i: corpus._reader(0).members(i)):
+        for read in (corpus.read, lambda i: corpus._open(0).members(i)):
             try:
                 assert read(i) in ({"content": b""}, {})
             except CorruptSample as error:

@@ -301,6 +301,7 @@ def test_rows_without_their_file_and_rows_that_come_twice_are_listed(tmp_path):
         ("t.csv", 'path,text\n1.jpg,"a\n', "unexpected end of data; close each quote"),
         ("t.csv", "path,text,text\n1.jpg,a,b\n", "has the column text twice"),
         ("t.csv", "path,text\n", "t.csv holds no row"),
+        ("t.csv", "path,text\na.txt,b\n", "row 1 names the file a.txt and has a text too"),
         ("t.jsonl", '{"path": "a.jpg"}\n{"path"\n', "line 2 is no JSON"),
         ("t.jsonl", "[1]\n", "line 1 is no JSON object"),
         ("t.jsonl", '{"text": "a"}\n{"text": "\\ud800"}\n', "line 2 has half of a pair of surrogates"),

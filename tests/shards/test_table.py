@@ -100,6 +100,8 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     assert "contradict each other" in refuse(table, "--val", 0.1, "--val-file", table)
     assert "has 3 columns, but 2 names" in refuse(table, "--columns", "text", "label")
     assert "is not there" in refuse(tmp_path / "none.tsv")
+    (tmp_path / "head.tsv").write_text("text\ttext_b\tlabel\n")
+    assert "holds no row, its header alone" in refuse(table, "--val-file", tmp_path / "head.tsv")
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
     assert "is damaged or no parquet file" in refuse(tmp_path / "x.parquet")
     many = [{"text": "x" if i else " ", "label": i % 2} for i in range(150)]

@@ -151,6 +151,8 @@ def test_what_cannot_be_evaluated_is_an_error_that_says_why(make):
         evaluate("classify", image, VAL, label="json.digit")
     with pytest.raises(ValueError, match="has no label: 'json.nothing' is not in it"):
         evaluate("classify", image, VAL, label="json.nothing")
+    with pytest.raises(ValueError, match=r"multimodal-val-000000.tar:\S+: the label .* is no UTF-8"):
+        evaluate("ctc", speech, VAL, label="png")
     with pytest.raises(ValueError, match="use `d2v eval classify`"):
         evaluate("ctc", image, VAL)
     with pytest.raises(ValueError, match="which the model cannot write; it knows AB"):
