@@ -4,17 +4,18 @@
 
 Every number is a process of its own, forked from one that has imported everything, that reads what the others read,
 one reader after another, round after round; medians of --rounds, with the range. Shards lie in the page cache. CPU
-time is that of the process, which keeps freed memory as data workers do. `bytes`: samples of 5 kB, not decoded;
-`pread` reads them raw, one after another in a shuffled order, at offsets that it knows, and looks at nothing; `pieces`
-reads the files from end to end in pieces of 1 MiB that it throws away: what the memory gives, and no order of samples
-can. `jpeg`, `flac`: whole batches as a run has them, beside the decoder alone: the same files from memory through the
-same decoding, cropping and normalising, without index, plan, batch or loader. `start`: from the first line of a
-program that has imported everything to its first batch, with two workers.
+time is that of the process, which keeps freed memory and freezes old objects as data workers do. `bytes`: samples of
+5 kB, not decoded; `pread` reads them raw, one after another in a shuffled order, at offsets that it knows, and looks
+at nothing; `pieces` reads the files from end to end in pieces of 1 MiB that it throws away: what the memory gives,
+and no order of samples can. `jpeg`, `flac`: whole batches as a run has them, beside the decoder alone: the same files
+from memory through the same decoding, cropping and normalising, without index, plan, batch or loader. `start`: from
+the first line of a program that has imported everything to its first batch, with two workers.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import json
 import multiprocessing
@@ -222,9 +223,14 @@ def time_start(folder: Path) -> dict[str, float]:
 def run(reader: str, kind: str, folder: Path) -> dict[str, float]:
     """In a process of its own, forked from this one, which has imported everything."""
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(1, context, initializer=keep_memory) as pool:
+    with ProcessPoolExecutor(1, context, initializer=as_worker) as pool:
         task = (time_start, folder) if kind == "start" else (read, reader, kind, folder)
         return pool.submit(*task).result()
+
+
+def as_worker() -> None:
+    keep_memory()
+    gc.freeze()
 
 
 def summarise(rows: list[dict[str, float]]) -> dict[str, Any]:
