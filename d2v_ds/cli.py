@@ -369,7 +369,9 @@ def run_verify(arguments: argparse.Namespace) -> int:
     from d2v_ds.data.verify import summary, verify_shards
 
     paths = find_shards(arguments)
-    found = summary(reports := verify_shards(paths, arguments.workers, None if arguments.json else print))
+    say = None if arguments.json else print
+    is_whole = any(not Path(part).is_file() for text in arguments.shards for part in text.split("::"))
+    found = summary(reports := verify_shards(paths, arguments.workers, say, is_whole))
     code = 1 if found["bad_shards"] or found["missing_shards"] else 0
     if arguments.json:
         print(json.dumps(found, indent=1))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 
 class Config(BaseModel):
@@ -17,8 +18,15 @@ class Config(BaseModel):
         validate_assignment=True,
         use_attribute_docstrings=True,
         protected_namespaces=(),
-        allow_inf_nan=False,
     )
+
+    @field_validator("*")
+    @classmethod
+    def _is_number(cls, value: Any) -> Any:
+        """Infinity may mean never, or no limit; what is no number means nothing."""
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError("must be a number")
+        return value
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -415,7 +415,7 @@ def parse_value(text: str) -> Any:
     except (ValueError, yaml.YAMLError):
         try:
             return yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (ValueError, yaml.YAMLError):
             return text
 
 

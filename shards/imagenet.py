@@ -183,10 +183,11 @@ def find_folders(source: Path) -> Source:
     parts, notes = [], []
     loose: list[Skipped] = []
     for folder in ("train", "val"):
-        if (source / folder).is_dir():
-            files = sorted(path for path in (source / folder).iterdir() if not path.is_dir())
+        files, known = [], set()
+        for path in sorted((source / folder).glob("*")):
+            known.add(path.name) if path.is_dir() else files.append(path)
+        if known:  # else all are, and a note says so
             loose += [Skipped(str(path), "lies in no folder of a class") for path in files]
-        known = {path.name for path in (source / folder).glob("*") if path.is_dir()}
         if folder == "val" and not known and (source / folder).is_dir():
             notes.append(f"{source / folder} is left out: its images are not in folders of classes")
         unknown = sorted(known - set(wnids))

@@ -47,7 +47,7 @@ def _results(job: Callable[[Any], Any], items: list[Any], workers: int) -> Itera
         try:
             yield from pool.map(_run_job, items)
         except BrokenProcessPool as error:
-            raise ValueError(
+            raise ChildProcessError(
                 f"a process of {workers} was killed, for want of memory perhaps; with fewer workers each has more"
             ) from error
         finally:

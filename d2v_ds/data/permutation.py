@@ -80,7 +80,7 @@ def permuted(first: int, last: int, size: int, key: int) -> np.ndarray:
     return np.concatenate(stretches)[first - begin * _STRETCH : last - begin * _STRETCH]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _stretch(number: int, size: int, key: int) -> np.ndarray:
     return permute(np.arange(number * _STRETCH, min(size, (number + 1) * _STRETCH)), size, key)
 

@@ -45,20 +45,24 @@ class Report:
 
 
 def verify_shards(
-    paths: list[Shard], workers: int | None = None, progress: Progress | None = print
+    paths: list[Shard],
+    workers: int | None = None,
+    progress: Progress | None = print,
+    is_whole: bool = True,
 ) -> list[Report]:
-    """One report for each shard, in their order, then one for each that is missing."""
+    """One report for each shard, in their order, then one for each that is missing, unless some were named alone."""
     used: dict[Folder, set[str]] = {}
     for shard in paths:
         if folder := folder_of(shard):
             used.setdefault(folder, set()).add(folder.name_of(shard))
     said = {folder: published_in(folder) for folder in used}
-    job = functools.partial(verify_shard, said=said)
-    return map_shards(job, paths, workers, progress, "verified") + [
+    lost = [
         Report(f"{folder}/{name}", problems=[f"it is not there, but {source} lists it"], is_missing=True)
         for folder, names in used.items()
-        for name, source in lost_shards(folder, names).items()
+        for name, source in (lost_shards(folder, names).items() if is_whole else ())
     ]
+    job = functools.partial(verify_shard, said=said)
+    return map_shards(job, paths, workers, progress, "verified") + lost
 
 
 def verify_shard(shard: Shard, said: dict[Folder | None, Said]) -> Report:

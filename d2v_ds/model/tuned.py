@@ -66,7 +66,7 @@ class Task(Config):
     """Of speech: frames that are hidden, as noise of `noise_std`, or by v1's mask embedding."""
     channel_mask: Mask | None = None
     """Of speech: channels that are zero in all frames of a sample."""
-    factor: float = Field(1.0, gt=0)
+    factor: float = 1.0
     """Of regression: labels are multiplied by it."""
     metrics: tuple[str, ...] = ("accuracy",)
     """What the model is scored by (d2v_ds.tasks.metrics); the best has the highest mean of them."""

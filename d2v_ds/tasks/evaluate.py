@@ -165,9 +165,13 @@ def read_labels(items: Items, label: str) -> list[str]:
 
 def class_names(data: str | Path) -> list[str] | None:
     """What `d2v prepare` calls the classes of shards that lie in one folder of this machine."""
-    folder = Path(data) if Path(data).is_dir() else Path(data).parent
-    path = folder / "classes.json"
-    return json.loads(path.read_bytes()) if "::" not in str(data) and path.is_file() else None
+    path = (Path(data) if Path(data).is_dir() else Path(data).parent) / "classes.json"
+    try:
+        names = json.loads(path.read_bytes()) if "::" not in str(data) and path.is_file() else None
+    except ValueError:
+        return None  # another tool's
+    is_ours = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if is_ours and len(set(names)) == len(names) else None
 
 
 def renumber(data: str | Path, names: tuple[str, ...]) -> dict[str, str]:
@@ -236,7 +240,7 @@ def score_classes(said: list[tuple[Tensor, int]], task: Task | None = None) -> d
     if logits_BC.shape[1] > 5:
         best = logits_BC.topk(5, dim=1).indices
         found["top5_accuracy"] = (best == truth_B[:, None]).any(dim=1).double().mean().item()
-    if task:
+    if task and task.test is not None:  # else nobody checked that they go with the head
         found |= measure(task.metrics, logits_BC, truth_B)
         del found["score"]
     return found

@@ -167,9 +167,14 @@ def first_there(data: str, given: str | None, patterns: tuple[str, ...], verb: s
     )
 
 
+def overlap(train: list[Any], test: list[Any]) -> list[str]:
+    """Shards that both name, by whatever path."""
+    named = ({str(s.absolute() if isinstance(s, Path) else s) for s in shards} for shards in (train, test))
+    return sorted(set.intersection(*named))
+
+
 def refuse_overlap(names: tuple[str, str]) -> None:
-    train, test = (set(map(str, expand_shards(pattern))) for pattern in names)
-    if both := sorted(train & test):
+    if both := overlap(*map(expand_shards, names)):
         raise ValueError(
             f"{names[0]} and {names[1]} both name {both[0]}; what is fitted on says nothing when it is tested on: "
             "name other shards with --train and --test"

@@ -182,6 +182,8 @@ def check_task(task: Task, name: str, data: Any) -> None:
     if task.smoothing and (task.outputs == 1 or task.head == "ctc"):
         what = "transcripts" if task.head == "ctc" else "the numbers of task.outputs=1"
         raise ValueError(f"task.smoothing={task.smoothing:g} is of classes, not of {what}; set it to 0")
+    if not task.factor > 0:
+        raise ValueError(f"task.factor={task.factor:g} must be above 0: labels are multiplied by it")
     for key in OF_CLASSES:
         if task.outputs == 1 and getattr(data, key, 0):
             raise ValueError(

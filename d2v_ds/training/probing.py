@@ -10,6 +10,7 @@ its own, and random states are put back. Ranks share the batches, and rank 0 fit
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -32,6 +33,7 @@ from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.source import shard_pattern
 from d2v_ds.model.data2vec import TEACHER
 from d2v_ds.recipe import Recipe
+from d2v_ds.tasks.frozen import overlap
 from d2v_ds.tasks.knn import knn
 from d2v_ds.tasks.probe import choose, layer_means, random_twin, read_labels, refusal, ridge
 from d2v_ds.tasks.spectrum import alpha_req, lidar, rankme
@@ -65,7 +67,7 @@ class Subset:
     train: Part
     test: Part
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Of samples and labels: numbers of two subsets do not compare."""
         text = json.dumps([(p.corpus.fingerprint, p.indices, p.labels.tolist()) for _, p in parts(self)])
@@ -132,7 +134,7 @@ class Probes:
             last = "raw input" if hasattr(subset.source.samples, "raw") else "random init"
             done = {
                 r["weights"] for r in rows
-                if (r["step"], r["modality"], r.get("subset")) == (0, name, subset.fingerprint)
+                if (r["step"], r["modality"], r.get("subset", subset.fingerprint)) == (0, name, subset.fingerprint)
                 and r["features"] in ("all", "raw")
             }  # fmt: skip
             if last not in done:
@@ -201,7 +203,7 @@ def open_probes(recipe: Recipe, sources: list[Source]) -> Probes:
     if not settings.every:
         return Probes(recipe, {})
     paths = {key: labelled_shards(recipe, key) for key in ("train", "test")}
-    if both := sorted(set(map(str, paths["train"])) & set(map(str, paths["test"]))):
+    if both := overlap(paths["train"], paths["test"]):
         raise ValueError(
             f"probe.train={settings.train} and probe.test={settings.test} both name {both[0]}; what is fitted on says "
             "nothing when it is tested on: give other shards"
@@ -373,15 +375,16 @@ def plot(folder: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = read_rows(folder / FILE)
+    rows, path = read_rows(folder / FILE), folder / "probes.png"
     names = sorted({row["modality"] for row in rows})
+    if not names:
+        return path
     figure, axes = plt.subplots(len(names), 3, figsize=(14, 3.6 * len(names)), squeeze=False)
     for line, name in zip(axes, names, strict=True):
         own = [row for row in rows if row["modality"] == name]
-        own = [row for row in own if row.get("subset") == own[-1].get("subset")]
-        last = max(
-            (r["features"] for r in own if r["features"].startswith("layer")), key=lambda t: int(t[6:])
-        )
+        own = [row for row in own if row.get("subset") in (None, own[-1].get("subset"))]
+        layers = (r["features"] for r in own if r["features"].startswith("layer"))
+        last = max(layers, key=lambda t: int(t[6:]), default="all")
         for axis, title in zip(line, ("ridge", "nearest neighbours", "RankMe and LiDAR"), strict=True):
             axis.set(title=f"{name}: {title}", xlabel="step")
             axis.grid(alpha=0.3)
@@ -403,7 +406,6 @@ def plot(folder: Path) -> Path:
             if axis.has_data():  # no neighbours of fewer than 10 samples
                 axis.legend(fontsize=6)
     figure.tight_layout()
-    path = folder / "probes.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

@@ -185,7 +185,7 @@ def test_a_process_that_is_killed_and_ctrl_c_end_in_one_line(shards, capfd, monk
     def die(_: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(ValueError, match="a process of 2 was killed, for want of memory perhaps"):
+    with pytest.raises(ChildProcessError, match="a process of 2 was killed, for want of memory perhaps"):
         map_shards(die, [1, 2], 2, None, "killed")
 
     def interrupt(*_: object) -> None:
