@@ -20,7 +20,7 @@ from d2v_ds.modalities.build import build_tuned
 from d2v_ds.modalities.image.samples import ImageSamples
 from d2v_ds.model.tuned import Task
 from d2v_ds.recipe import load_recipe
-from d2v_ds.training.init import drop_paths, with_network
+from d2v_ds.training.init import check_task, drop_paths, with_network
 from d2v_ds.training.schedule import learning_rate, scaled
 
 
@@ -113,8 +113,9 @@ def test_labels_that_cannot_be_said_are_named(text: str, said: str) -> None:
 def test_a_regression_takes_finite_numbers_alone(text: str) -> None:
     task = Task(head="image_classification", outputs=1)
     assert task.parse("-1.5e-3") == -1.5e-3
-    with pytest.raises(ValueError, match="task.factor=0: Input should be greater than 0"):
-        load_recipe("finetune_text_stsb", ["task.factor=0"])
+    recipe = load_recipe("finetune_text_stsb", ["task.factor=0"])
+    with pytest.raises(ValueError, match="task.factor=0 must be above 0"):
+        check_task(recipe.task, "text", recipe.modalities["text"].data)
     with pytest.raises(ValueError, match=f"label '{text}' is no number, task.outputs=1 needs one"):
         task.parse(text)
 
