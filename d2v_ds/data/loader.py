@@ -224,9 +224,7 @@ class StepLoader:
         data = _MicroBatches(self.sources, self.plan)
         items = _Items(self.plan, self.rank, self.world, range(step, self.steps.stop))
         pin = torch.cuda.is_available()
-        if (
-            not self.workers
-        ):  # what a DataLoader does between two batches takes as long as reading ten small samples
+        if not self.workers:  # a DataLoader takes as long between two batches as ten small samples
             return (micro.pin_memory() if pin else micro for micro in map(data.__getitem__, items))
         workers, leaving = self.workers, multiprocessing.get_context("fork").Event()
         if self._leave:
