@@ -163,11 +163,17 @@ def read_labels(items: Items, label: str) -> list[str]:
     return found
 
 
+def find_classes(data: str) -> Path | None:
+    """`classes.json` beside the shards, if they lie in one folder of this machine."""
+    path = (Path(data) if Path(data).is_dir() else Path(data).parent) / "classes.json"
+    return path if "::" not in data and path.is_file() else None
+
+
 def class_names(data: str | Path) -> list[str] | None:
     """What `d2v prepare` calls the classes of shards that lie in one folder of this machine."""
-    path = (Path(data) if Path(data).is_dir() else Path(data).parent) / "classes.json"
+    path = find_classes(str(data))
     try:
-        names = json.loads(path.read_bytes()) if "::" not in str(data) and path.is_file() else None
+        names = json.loads(path.read_bytes()) if path else None
     except ValueError:
         return None  # another tool's
     is_ours = isinstance(names, list) and all(isinstance(name, str) for name in names)

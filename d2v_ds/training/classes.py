@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from d2v_ds.recipe import Recipe
-
-FILE = "classes.json"
+from d2v_ds.tasks.evaluate import find_classes
 
 
 def with_classes(recipe: Recipe, saved: Recipe | None) -> Recipe:
@@ -20,7 +18,7 @@ def with_classes(recipe: Recipe, saved: Recipe | None) -> Recipe:
         return recipe
     if saved is not None:
         return named(recipe, saved.task.labels) if task.labels is None else recipe
-    path = find_file(recipe.data)
+    path = find_classes(recipe.data)
     if path is None:
         return recipe
     classes = tuple(json.loads(path.read_bytes()))
@@ -39,12 +37,6 @@ def with_classes(recipe: Recipe, saved: Recipe | None) -> Recipe:
 
 def named(recipe: Recipe, classes: tuple[str, ...] | None) -> Recipe:
     return recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": classes})})
-
-
-def find_file(data: str) -> Path | None:
-    """Beside the shards, if they lie in one folder of this machine."""
-    folder = Path(data) if Path(data).is_dir() else Path(data).parent
-    return folder / FILE if "::" not in data and (folder / FILE).is_file() else None
 
 
 def shown(names: tuple[str, ...]) -> str:
