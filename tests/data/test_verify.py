@@ -193,5 +193,9 @@ def test_a_process_that_is_killed_and_ctrl_c_end_in_one_line(shards, capfd, monk
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("d2v_ds.data.verify._verify_file", interrupt)
-    assert main(["verify", "--workers", "2", *map(str, shards)]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ran in this process before
+    try:
+        assert main(["verify", "--workers", "2", *map(str, shards)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "Traceback" not in (said := capfd.readouterr().err) and said.endswith("stopped\n")
