@@ -83,7 +83,7 @@ def test_counts_that_differ_are_named(tmp_path, caplog, capsys):
         ("manifest.json", '{"splits": {"train": {"shards": 5}}}'),
         ("_info.json", '{"splits": {"train": {"filenames": 3, "shard_lengths": 5}}}'),
         ("_info.json", '{"splits": {"train": {"filenames": ["a.tar"], "shard_lengths": ["many"]}}}'),
-        ("_info.json", "[" * 100_000),
+        ("_info.json", "[" * 5_000),
         ("a_stats.json", "day: 2024-13-45"),
     ],
 )

@@ -52,16 +52,32 @@ def write_shard(path: Path, labels: list[str], garbled: int = -1) -> str:
 def results(folder: Path) -> dict[str, dict]:
     """With and without probes, at stage 0, and mistakes."""
     zero0 = ["--deepspeed", "zero0"]
-    noise = ["probe.samples=120", "train.steps=1"]
-    for part in ("train", "test"):
-        path = write_shard(folder / f"noise-{part}.tar", [str(i % 7) for i in range(120)])
-        noise.append(f"probe.{part}={path}")
     garbled = write_shard(folder / "garbled.tar", ["0", "1"] * 6, garbled=7)
     return start_all(
         folder,
         {
             "probed": Command(folder / "probed", [*zero0, *PROBED]),
             "plain": Command(folder / "plain", [*zero0, "train.steps=2", "train.save_every=2"]),
+            "no shards": Command(folder / "none", [*zero0, *PROBED, "probe.test=absent-*.tar"]),
+            "no labels": Command(folder / "none", [*zero0, *PROBED, "probe.train=text-train-*.tar"]),
+            "words": Command(folder / "none", [*zero0, *PROBED, "probe.label=txt"]),
+            "overlap": Command(folder / "none", [*zero0, *PROBED, "probe.test=multimodal-train-000000.tar"]),
+            "garbled": Command(folder / "none", [*zero0, *PROBED, f"probe.test={garbled}"]),
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def odd(results: dict[str, dict], folder: Path) -> dict[str, dict]:
+    """In bf16, and one whose features are no numbers."""
+    zero0, garbled = ["--deepspeed", "zero0"], folder / "garbled.tar"
+    noise = ["probe.samples=120", "train.steps=1"]
+    for part in ("train", "test"):
+        path = write_shard(folder / f"noise-{part}.tar", [str(i % 7) for i in range(120)])
+        noise.append(f"probe.{part}={path}")
+    return start_all(
+        folder,
+        {
             "bf16": Command(folder / "bf16", ["--deepspeed", "zero2", *PROBED, *noise, "precision=bf16"]),
             "diverged": Command(
                 folder / "diverged",
@@ -77,11 +93,6 @@ def results(folder: Path) -> dict[str, dict]:
                     "train.steps=2",
                 ],
             ),  # fmt: skip
-            "no shards": Command(folder / "none", [*zero0, *PROBED, "probe.test=absent-*.tar"]),
-            "no labels": Command(folder / "none", [*zero0, *PROBED, "probe.train=text-train-*.tar"]),
-            "words": Command(folder / "none", [*zero0, *PROBED, "probe.label=txt"]),
-            "overlap": Command(folder / "none", [*zero0, *PROBED, "probe.test=multimodal-train-000000.tar"]),
-            "garbled": Command(folder / "none", [*zero0, *PROBED, f"probe.test={garbled}"]),
         },
     )
 
@@ -152,14 +163,16 @@ def test_mistakes_are_told_before_training(results: dict) -> None:
         load_recipe("image_tiny", ["probe.every=10"])
 
 
-def test_training_samples_that_cannot_be_read_are_left_out_of_lidar(results: dict, folder: Path) -> None:
+@pytest.mark.slow
+def test_training_samples_that_cannot_be_read_are_left_out_of_lidar(odd: dict, folder: Path) -> None:
     """A batch of them alone too."""
-    assert results["diverged"]["code"] == 0, results["diverged"]["err"]
+    assert odd["diverged"]["code"] == 0, odd["diverged"]["err"]
     assert all(r["lidar"] >= 1 for r in rows_of(folder / "diverged") if r["features"] == "layer 2")
 
 
-def test_features_that_are_not_finite_are_said_and_end_nothing(results: dict, folder: Path) -> None:
-    assert "image, student: features are not finite" in results["diverged"]["out"]
+@pytest.mark.slow
+def test_features_that_are_not_finite_are_said_and_end_nothing(odd: dict, folder: Path) -> None:
+    assert "image, student: features are not finite" in odd["diverged"]["out"]
     assert {r["step"] for r in rows_of(folder / "diverged")} == {0}
     with pytest.raises(ValueError, match="not finite; take weights of an earlier step"):
         evaluate_frozen(
@@ -167,8 +180,9 @@ def test_features_that_are_not_finite_are_said_and_end_nothing(results: dict, fo
         )
 
 
-def test_a_modality_without_labelled_samples_is_named(results: dict) -> None:
-    out = results["bf16"]["out"]
+@pytest.mark.slow
+def test_a_modality_without_labelled_samples_is_named(odd: dict) -> None:
+    out = odd["bf16"]["out"]
     assert "audio is not probed: no sample of" in out and "image is not probed" not in out
 
 
@@ -230,13 +244,14 @@ def test_two_ranks_at_zero3_do_not_notice_and_find_the_same(folder: Path, result
 
 
 @pytest.mark.parametrize("weights", ["student", "teacher"])
-@pytest.mark.parametrize("run", ["probed", "bf16"])
+@pytest.mark.parametrize("run", ["probed", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["ridge", "knn"])
 def test_evaluating_the_saved_model_gives_the_numbers_of_the_last_probe(
-    kind: str, run: str, weights: str, results: dict, folder: Path
+    kind: str, run: str, weights: str, request: pytest.FixtureRequest, folder: Path
 ) -> None:
     """`d2v eval ridge|knn RUN DATA` on the same shards and number of samples; in bf16 too, whose checkpoint is fp32."""
-    assert results[run]["code"] == 0, results[run]["err"]
+    done = request.getfixturevalue("odd" if run == "bf16" else "results")[run]
+    assert done["code"] == 0, done["err"]
     parts = {"train": "multimodal-train-*.tar", "test": "multimodal-val-*.tar", "samples": 30}
     if run == "bf16":
         parts = {"train": "noise-train.tar", "test": "noise-test.tar", "samples": 120}
