@@ -136,7 +136,9 @@ def _mapping(content: bytes | None) -> dict[str, Any]:
     """A JSON or YAML object; empty for anything else."""
     try:
         value = json.loads(content or b"{}")
-    except (ValueError, RecursionError):
+    except RecursionError:
+        return {}
+    except ValueError:
         try:
             value = yaml.safe_load(content or b"")
         except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: no UTF-8, or a day 2024-13-45

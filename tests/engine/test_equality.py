@@ -15,7 +15,7 @@ from equality_cases import CASES, case_recipe, plain_loop  # noqa: E402
 
 FP32 = [name for name, case in CASES.items() if case.precision == "fp32"]
 BF16 = [name for name, case in CASES.items() if case.precision == "bf16"]
-QUICK = ["zero1", "zero2", "zero3_low", "zero3_offload", "zero1_bf16", "zero2_bf16", "zero3_bf16"]
+QUICK = ["zero2", "zero3_low", "zero3_offload", "zero2_bf16", "zero3_bf16"]
 """The others, which take ten seconds each, run with --all."""
 
 
@@ -76,8 +76,9 @@ def test_the_average_at_zero3_needs_no_collective(name, results):
 
 def test_the_counter_of_collectives_counts(results):
     """At ZeRO-1 and ZeRO-2 in bf16 the teacher is gathered once for each group and step."""
-    assert results["zero1_bf16"]["num_collectives"].item() >= 5
-    assert results["zero2_bf16"]["num_collectives"].item() >= 5
+    for name in {"zero1_bf16", "zero2_bf16"} & results.keys():
+        assert results[name]["num_collectives"].item() >= 5
+    assert "zero2_bf16" in results
 
 
 @pytest.mark.parametrize("name", each(list(CASES)))
