@@ -39,6 +39,7 @@ def test_more_labels_hold_the_fewer_and_other_seeds_others(rows):
     assert {r["path"] for r in few} != {r["path"] for r in others}
 
 
+@pytest.mark.slow
 def test_no_paragraph_of_the_test_is_pretrained_on(tmp_path):
     rows = few_labels.make_rows("text", tmp_path)
     texts = {split: {row["text"] for row in rows if row["split"] == split} for split in ("train", "test")}

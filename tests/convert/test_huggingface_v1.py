@@ -356,6 +356,7 @@ def test_another_model_is_an_error_that_names_it(name, changes, message, folders
         read_huggingface(change(folders[name], tmp_path, **changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["Data2VecAudioForCTC", "Data2VecTextModel", "Data2VecVisionForImageClassification"]
 )

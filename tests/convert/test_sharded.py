@@ -64,6 +64,7 @@ def test_an_export_in_any_dtype_is_the_checkpoint_rounded(weights, dtype, run, r
     assert dtype in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_export_of_several_files_is_read_as_one_of_one(run, recipe, tmp_path):
     """By `load`, `init=` and the library's own reader; a later export leaves nothing of it behind."""
     one = export(run, tmp_path / "one", "both")
@@ -129,6 +130,7 @@ def test_a_damaged_step_folder_is_not_exported(run, recipe, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_tensor_not_of_the_model(tmp_path):
     """400 MB of weights of eight ranks, in less than 150 MB above what the imports take."""
     recipe = load_recipe("text_tiny", ["body.dim=512", "body.depth=32", "body.heads=8"])

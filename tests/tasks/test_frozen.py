@@ -54,6 +54,7 @@ def draw(seed: int, samples: int = 200) -> tuple[list[torch.Tensor], torch.Tenso
     return rows, labels
 
 
+@pytest.mark.slow
 def test_attention_finds_the_token_that_says_the_class_where_the_mean_is_blurred():
     parts = {}
     for name, seed in (("train", 1), ("test", 2)):
