@@ -7,17 +7,17 @@ same modalities in the same order. A stream of several corpora deals its micro-b
 with the same counts. Changing what these functions return changes every run: tests hold known values.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
 
 from d2v_ds.data.buckets import Buckets
-from d2v_ds.data.permutation import permute, permuted, seed_of, seeds_of_each
+from d2v_ds.data.permutation import permute, seed_of, seeds_of_each
 from d2v_ds.data.windows import Windows
 
 
@@ -84,6 +84,10 @@ class Stream:
         return next(share for share in reversed(self.shares) if unit >= share.first)
 
 
+_STRETCH = 4096
+"""Places of an epoch that are drawn together and kept for the micro-batches that follow: as quick as a few of them"""
+
+
 class Draw(NamedTuple):
     """One unit in one epoch."""
 
@@ -93,7 +97,7 @@ class Draw(NamedTuple):
     """what crops and masks are drawn from"""
 
 
-_make_draw = partial(tuple.__new__, Draw)
+_make_draw = functools.partial(tuple.__new__, Draw)
 """Half the time of Draw._make"""
 
 
@@ -116,17 +120,17 @@ class Plan:
         share, number = self._share(stream, step * stream.micro_batches + index)
         if share.buckets:
             epoch, units = self._units_of_bucket(share, share.buckets, number)
-            return self._draws(stream_name, epoch, units)
+            seeds = seeds_of_each(seed_of(self.seed, "draw", stream_name, epoch), units)
+            return _draws(epoch, units, seeds.tolist())
         start, draws = number * stream.batch, []
-        for epoch in range(start // share.size, (start + stream.batch - 1) // share.size + 1):
-            first = max(start - epoch * share.size, 0)
-            last = min(start + stream.batch - epoch * share.size, share.size)
-            if share.windows:
-                units = share.windows.units(self.seed, epoch, first, last)
-            else:
-                key = seed_of(self.seed, "order", share.name, epoch)
-                units = share.first + permuted(first, last, share.size, key)
-            draws += self._draws(stream_name, epoch, units)
+        stop = start + stream.batch
+        while start < stop:
+            epoch, place = divmod(start, share.size)
+            stretch, first = divmod(place, _STRETCH)
+            units, seeds = _stretch(self.seed, stream_name, share, epoch, stretch)
+            last = min(first + stop - start, len(units))
+            draws += _draws(epoch, units[first:last].tolist(), seeds[first:last].tolist())
+            start += last - first
         return draws
 
     def corpus(self, step: int, stream_name: str, index: int) -> str:
@@ -266,10 +270,23 @@ class Plan:
         ranks = permute(np.arange(places.start, places.stop), int(buckets.sizes[bucket]), key)
         return epoch, [buckets.unit(bucket, rank) for rank in ranks.tolist()]
 
-    def _draws(self, stream_name: str, epoch: int, units: list[int] | np.ndarray) -> list[Draw]:
-        seeds = seeds_of_each(seed_of(self.seed, "draw", stream_name, epoch), units)
-        units = units if isinstance(units, list) else units.tolist()
-        return [*map(_make_draw, zip(units, repeat(epoch), seeds, strict=False))]
+
+@functools.lru_cache(maxsize=256)
+def _stretch(
+    seed: int, stream_name: str, share: Share, epoch: int, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The units of a stretch of an epoch without buckets, and the seeds of their draws."""
+    first, last = number * _STRETCH, min(share.size, (number + 1) * _STRETCH)
+    if share.windows:
+        units = share.windows.units(seed, epoch, first, last)
+    else:
+        key = seed_of(seed, "order", share.name, epoch)
+        units = share.first + permute(np.arange(first, last), share.size, key)
+    return units, seeds_of_each(seed_of(seed, "draw", stream_name, epoch), units)
+
+
+def _draws(epoch: int, units: list[int], seeds: list[int]) -> list[Draw]:
+    return [*map(_make_draw, zip(units, repeat(epoch), seeds, strict=False))]
 
 
 def deal(weights: Mapping[str, float], total: int) -> dict[str, int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from d2v_ds.data.buckets import Buckets
-from d2v_ds.data.permutation import permute, permuted, seed_of
+from d2v_ds.data.permutation import permute, seed_of
 
 _MAX_EPOCHS = 3
 """Kept; a micro-batch may lie in two."""
@@ -89,7 +89,8 @@ class Windows:
             window, begin, end = self._window(cut, first)
             stop = min(last, end)
             key = seed_of(seed, "order", self.name, epoch, window)
-            found.append(self._units_at(cut, begin + permuted(first - begin, stop - begin, end - begin, key)))
+            places = permute(np.arange(first - begin, stop - begin), end - begin, key)
+            found.append(self._units_at(cut, begin + places))
             first = stop
         return np.concatenate(found)
 
