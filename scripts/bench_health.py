@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from d2v_ds.data import Plan, StepLoader
+from d2v_ds.data.memory import keep_memory
 from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import load_recipe
@@ -34,6 +35,8 @@ def main() -> None:
     recipe = load_recipe(arguments.recipe, [f"data={arguments.data}", *overrides])
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     device = torch.device(arguments.device)
+    if device.type == "cpu":
+        keep_memory()  # as a run does
     model = build_model(recipe.body, recipe.modalities).to(device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     sources = [open_source(name, config, recipe.data) for name, config in recipe.modalities.items()]
