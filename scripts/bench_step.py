@@ -6,7 +6,7 @@
 
 One process, the project's own engine and step (ZeRO-0 on a CPU, ZeRO-2 on a GPU): forward of student and teacher,
 backward, clipping, AdamW, EMA. Random input. FLOPs are counted by torch over one forward and backward pass; the
-matrix rate is the best of square products of that dtype. Prints one table and writes it as JSON.
+matrix rate is the median of square products of that dtype, one before each step. Prints one table, writes it as JSON.
 """
 
 from __future__ import annotations
@@ -88,17 +88,14 @@ def make_batch(recipe: Recipe, case: Case) -> Batch:
     return Batch(name, source, **draw_views(draws, [tokens] * case.batch, config))
 
 
-def matrix_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
-    """FLOP/s of the best of 10 square products."""
+def time_product(dtype: torch.dtype, device: torch.device, size: int) -> float:
+    """Seconds of a square product; its matrices are gone afterwards, so that they do not count as a step's memory."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(12):
-        wait(device)
-        began = time.perf_counter()
-        a @ b
-        wait(device)
-        times.append(time.perf_counter() - began)
-    return 2 * size**3 / min(times[2:])
+    wait(device)
+    began = time.perf_counter()
+    a @ b
+    wait(device)
+    return time.perf_counter() - began
 
 
 def wait(device: torch.device) -> None:
@@ -133,16 +130,17 @@ def measure(case: Case, device: torch.device, options: argparse.Namespace) -> di
     flops = count_flops(recipe, batch)
     engine, ema = build(recipe, device, options.compile)
     batch = batch.to(device, next(engine.module.parameters()).dtype)
-    seconds = []
-    for _ in range(options.steps + 2):
-        wait(device)
+    size = 8192 if device.type == "cuda" else 2048
+    seconds, products = [], []
+    for _ in range(options.steps + 2):  # by turns: a machine that others share is not always as fast
+        products.append(time_product(case.dtype, device, size))
         began = time.perf_counter()
         take_step(engine, ema, batch)
         wait(device)
         seconds.append(time.perf_counter() - began)
     costs = profile(engine, ema, batch, device) if options.profile else []
     clean = sorted(seconds[2:])
-    rate = matrix_rate(case.dtype, device, 8192 if device.type == "cuda" else 2048)
+    rate = 2 * size**3 / statistics.median(products[2:])
     median = statistics.median(clean)
     return {
         "recipe": case.recipe,

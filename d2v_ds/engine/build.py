@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from d2v_ds.engine.step import loss_scaler
+from d2v_ds.engine.step import clip_gradients, is_plain, loss_scaler
 from d2v_ds.model.data2vec import TEACHER, Data2Vec
 from d2v_ds.model.decoder import Decoder
 from d2v_ds.model.heads import HEAD
@@ -82,6 +83,8 @@ def build_engine(
             deepspeed.utils.set_z3_leaf_module(module, True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     engine.parameter_names = {id(p): name for name, p in engine.module.named_parameters()}
+    if is_plain(engine):
+        engine.clip_fp32_gradients = partial(clip_gradients, engine)
     undo_dry_step(engine)
     free_loss_scale(engine, config)
     return engine
