@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from shards.listing import Found, Part, Skipped, Stored, draw_split, make_key
 from shards.prepare import Job, Source
-from shards.rows import LONGEST_FIELD
+from shards.rows import LONGEST_FIELD, read_line
 
 MODALITIES = {
     "image": ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm"),
@@ -309,22 +309,6 @@ def read_table(path: Path) -> tuple[list[dict[str, Any]], Path]:
                 f"{path}: row {number} has more or fewer fields than the header; correct or remove it"
             )
     return rows, path.parent
-
-
-def read_line(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        if "\\u" in line:
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{path}: line {number} has half of a pair of surrogates ({error}), which no text can hold; correct it"
-        ) from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: line {number} is no JSON ({error}); a line holds one object") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}: line {number} is no JSON object {{...}}, but {type(row).__name__}")
-    return row
 
 
 def as_text(value: Any, where: str) -> str:

@@ -142,6 +142,10 @@ class Unusable(ValueError):
 def make_json(values: Values | str, columns: dict[str, str], label: Label, where: str) -> str:
     if isinstance(values, str):
         raise Unusable(values)
+    if "text_b" not in columns and not is_missing(values.get("text_b")):
+        raise ValueError(
+            f"{where} has a 'text_b', which the first row has not; give it to all rows or to none"
+        )
     sample: Values = {}
     for key in ("text", "text_b"):
         if key not in columns:
@@ -151,13 +155,18 @@ def make_json(values: Values | str, columns: dict[str, str], label: Label, where
             raise Unusable(f"has no text in {columns[key]!r}")
         sample[key] = text.strip()
     value = values.get(columns["label"])
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+    if is_missing(value):
         raise ValueError(f"{where} has no label in {columns['label']!r}; label it or remove it")
     try:
         sample["label"] = label(value, where)
     except NoLabel as error:
         raise Unusable(str(error)) from error
     return json.dumps(sample)
+
+
+def is_missing(value: Any) -> bool:
+    """Of a label: none, or nothing but space."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def as_number(value: Any, where: str) -> float:
@@ -210,16 +219,22 @@ def _read_json(path: Path) -> Iterator[Numbered]:
             for number, line in enumerate(_lines(file), 1):
                 if not line.strip():
                     continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path}, line {number} is no JSON ({error}); a line holds one object"
-                    ) from error
-                if not isinstance(row, dict):
-                    raise ValueError(
-                        f"{path}, line {number} is no JSON object {{...}}, but {type(row).__name__}"
-                    )
-                yield Numbered(number, row)
+                yield Numbered(number, read_line(path, number, line))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
+
+
+def read_line(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        if "\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path}: line {number} has half of a pair of surrogates ({error}), which no text can hold; correct it"
+        ) from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: line {number} is no JSON ({error}); a line holds one object") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}: line {number} is no JSON object {{...}}, but {type(row).__name__}")
+    return row

@@ -21,7 +21,7 @@ from typing import Any
 
 from shards.listing import Found, Part, Skipped, draw_split, stamp_file
 from shards.prepare import Job, Source
-from shards.rows import COLUMNS, as_number, column_names, read_rows, refuse_missing, samples_of
+from shards.rows import COLUMNS, as_number, column_names, is_missing, read_rows, refuse_missing, samples_of
 
 MOST_CLASSES = 10_000
 NAME = "texts"
@@ -61,6 +61,8 @@ def make_job(arguments: argparse.Namespace) -> Job:
             files[split] = Path(os.path.abspath(path.expanduser()))
             if not files[split].is_file():
                 raise ValueError(f"{files[split]} is not there, or no file; give a table")
+    if twice := [name for name, count in Counter(arguments.classes).items() if count > 1]:
+        raise ValueError(f"--classes names {', '.join(twice)} twice; name each class once")
     if not 0 <= arguments.val < 1:
         raise ValueError(f"--val {arguments.val} must be a share from 0 to below 1")
     if arguments.val and "val" in files:
@@ -109,7 +111,7 @@ def find_parts(
         )
         parts.append(Part(split, listed, f"{path} {stamp_file(path)} {job.settings} {job.seed} {classes}"))
     origin = [{"file": path.name, "size": path.stat().st_size, "checksum": None} for path in files.values()]
-    named = classes if classes and not all(is_whole(name) for name in classes) else None
+    named = classes if classes != [str(i) for i in range(len(classes or ()))] else None
     return Source(parts=parts, origin=origin, classes=named)
 
 
@@ -117,7 +119,7 @@ def find_classes(path: Path, column: str, names: list[str] | None) -> list[str]:
     """The classes of the train part: 0 ... n - 1 if all are whole numbers, else their names, sorted."""
     seen: Counter[str] = Counter()
     for number, values in read_rows(path, [column], names):
-        if not isinstance(values, dict) or values.get(column) in (None, ""):
+        if not isinstance(values, dict) or is_missing(values.get(column)):
             continue  # said where the row is read
         value = values[column]
         if isinstance(value, float) and not (math.isfinite(value) and value.is_integer()):
@@ -134,7 +136,13 @@ def find_classes(path: Path, column: str, names: list[str] | None) -> list[str]:
             f"{path} has one class alone in {column!r} ({', '.join(seen)}); two or more are needed"
         )
     if all(is_whole(name) for name in seen):
-        return [str(i) for i in range(max(map(int, seen)) + 1)]
+        most = max(map(int, seen))
+        if most >= MOST_CLASSES:
+            raise ValueError(
+                f"{path} has the class {most} in {column!r}, and classes count from 0 to at most {MOST_CLASSES - 1}; "
+                "name those that there are: --classes"
+            )
+        return [str(i) for i in range(most + 1)]
     return sorted(seen)
 
 
@@ -167,6 +175,8 @@ def list_file(
 
 def read_class(value: Any, where: str, classes: list[str]) -> int:
     name = name_of(value)
+    if name not in classes and is_whole(name):
+        name = str(int(name))  # of 007
     if name not in classes:
         shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         raise ValueError(

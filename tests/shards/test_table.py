@@ -96,6 +96,8 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     assert "label 'perhaps' is none of the 3 classes of the train part: maybe, no, yes" in refuse(
         table, "--val-file", dev
     )
+    bad[4]["label"] = " "
+    assert "row 5 has no label in 'label'" in refuse(write(tmp_path / "b.tsv", bad))
     assert "has one class alone in 'label' (yes)" in refuse(write(tmp_path / "c.tsv", ROWS[:1]))
     assert "contradict each other" in refuse(table, "--val", 0.1, "--val-file", table)
     assert "has 3 columns, but 2 names" in refuse(table, "--columns", "text", "label")
@@ -107,3 +109,27 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     many = [{"text": "x" if i else " ", "label": i % 2} for i in range(150)]
     make(write(tmp_path / "m.jsonl", many), tmp_path / "many")
     assert list(skipped(tmp_path / "many").values()) == ["has no text in 'text'"]
+
+
+def test_names_that_are_numbers_are_kept_where_they_are_not_those_of_the_classes(tmp_path):
+    rows = [{"text": f"t{i}", "label": f"0{i + 1}"} for i in range(3)]
+    table, stars = write(tmp_path / "stars.tsv", rows), tmp_path / "stars"
+    assert [s["label"] for s in make(table, tmp_path / "plain")] == [1, 2, 3]
+    assert not (tmp_path / "plain" / "classes.json").exists()
+    assert [s["label"] for s in make(table, stars, "--classes", "3", "2", "1")] == [2, 1, 0]
+    assert json.loads((stars / "classes.json").read_text()) == ["3", "2", "1"]
+    assert "--classes names 1 twice" in refuse(table, "--classes", "1", "2", "1")
+    rows[0]["label"] = "1000000000"
+    said = refuse(write(tmp_path / "ids.tsv", rows))
+    assert "has the class 1000000000 in 'label', and classes count from 0 to at most 9999" in said
+
+
+def test_lines_of_json_that_lose_something_are_refused(tmp_path):
+    table, one = tmp_path / "t.jsonl", '{"text": "a", "label": 1}\n'
+    for line, said in (
+        ('{"text": "a", "text_b": "b", "label": 0}', "row 2 has a 'text_b', which the first row has not"),
+        ('{"text": "\\ud800", "label": 0}', "line 2 has half of a pair of surrogates"),
+        ("[" * 100_000, "line 2 is no JSON (maximum recursion"),
+    ):
+        table.write_text(one + line)
+        assert said in refuse(table)
