@@ -572,12 +572,14 @@ def test_pairs_are_two_texts_with_two_ends_between_and_the_longer_is_cut(
     write_shard(tmp_path / "0.tar", "json", [json.dumps({"text": a, "b": b}).encode() for a, b in texts])
     source = open_text(tmp_path, "data.mode=samples", "data.pair=json.b")
     samples, corpus = source.samples, source.corpus
+    of_one = open_text(tmp_path, "data.mode=samples").samples  # as imported weights have them
     for i, (a, b) in enumerate(texts):
         first, second = (samples.tokenizer.encode(text) for text in (a, b))
         whole = [BOS, *first, EOS, EOS, *second, EOS]
         assert corpus.lengths.of_unit(i) == len(whole) - 1
         row = samples.read(corpus, i).tolist()
         assert row == inputs("text").prepare(samples, (a, b)).row.tolist()
+        assert row == inputs("text").prepare(of_one, (a, b)).row.tolist()
         assert row == inputs("text").prepare(samples, (a.encode(), b.encode())).row.tolist()
         assert samples.decode(corpus, i) == (a, b)
         if len(whole) <= 16:

@@ -50,7 +50,7 @@ def prepare(samples: TextSamples, item: Any, rate: int | None = None) -> Prepare
         raise ValueError(f"this model reads pairs of texts, {describe(item)} is one; give (A, B), in a list")
     if texts is not None:
         ids = samples.sequence(*texts)
-        row = torch.tensor(samples.cut(ids))
+        row = torch.tensor(samples.cut(ids, len(texts) == 2))
     else:
         ids = check_ids(as_tensor(item, "text or list of token ids"), samples.config.vocabulary)
         row = ids[:limit]

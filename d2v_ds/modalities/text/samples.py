@@ -90,10 +90,10 @@ class TextSamples:
         ids = [BOS, *self.encode(text)]
         return ids if pair is None else [*ids, EOS, *self.encode(pair)]
 
-    def cut(self, ids: list[int]) -> list[int]:
+    def cut(self, ids: list[int], is_pair: bool) -> list[int]:
         """A sequence of at most max_tokens: of a pair the longer text loses its end, of one text the end goes."""
         limit = self.config.max_tokens
-        if len(ids) <= limit or self.config.data.pair is None or EOS not in ids[:-1]:
+        if len(ids) <= limit or not is_pair:
             return ids[:limit]
         first = ids.index(EOS)  # no text has it: what is written there is characters
         a, b = ids[1:first], ids[first + 2 : -1]
@@ -169,7 +169,8 @@ class TextSamples:
         limit = self.config.max_tokens - 1
         if self.config.data.mode == "samples":
             fields = corpus.read(unit)
-            return np.array(self.cut(self.sequence(*(fields[name] for name in PARTS if name in fields))))
+            ids = self.sequence(*(fields[name] for name in PARTS if name in fields))
+            return np.array(self.cut(ids, "pair" in fields))
         first, offset, last = self.blocks.locate(unit)
         stream = [i for doc in range(first, last + 1) for i in self.encode(corpus.read(doc)["text"])]
         ids = stream[offset : offset + limit]
@@ -199,7 +200,7 @@ class TextSamples:
         """One text as a trained model sees it: <s>, ids, </s>, cut to max_tokens; (T,). Ids are taken as they are."""
         if not isinstance(text, str):
             return torch.as_tensor(text)[: self.config.max_tokens]
-        return torch.tensor(self.cut(self.sequence(text)))
+        return torch.tensor(self.cut(self.sequence(text), False))
 
     def pad(self, rows: list[torch.Tensor]) -> Batch:
         source, padding = pad_stack(rows, PAD)
