@@ -150,6 +150,11 @@ def where(recipe: Recipe, pattern: str) -> str:
     if Path(pattern).exists() or "/" in pattern:
         return pattern
     inside = shard_pattern(recipe.data, pattern)
+    if inside == recipe.data:  # a pattern itself, so there is no folder
+        raise ValueError(
+            f"task.test={pattern} is a pattern inside the data folder, but data={recipe.data} is no folder; give the "
+            "test its whole path, or none (task.test=null task.test_every=0)"
+        )
     return inside if isinstance(inside, str) else "::".join(inside)
 
 

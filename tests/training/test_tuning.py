@@ -20,6 +20,7 @@ from d2v_ds.modalities.build import build_tuned
 from d2v_ds.modalities.image.samples import ImageSamples
 from d2v_ds.model.tuned import Task
 from d2v_ds.recipe import load_recipe
+from d2v_ds.training.examiner import where
 from d2v_ds.training.init import check_task, drop_paths, with_network
 from d2v_ds.training.schedule import learning_rate, scaled
 
@@ -164,6 +165,18 @@ def test_what_the_command_says_of_the_network_stands_over_what_its_recipe_says(t
     for name in ("finetune_text_tiny", "finetune_text_rte"):
         text = load_recipe(name, given)
         assert with_network(text, None, given).modalities["text"].data.tokenizer == f"{tmp_path}/own.model"
+
+
+def test_a_test_is_never_the_shards_that_are_trained_on() -> None:
+    """Where `data` is a pattern itself, there is no folder for the test to lie in."""
+    recipe = load_recipe("finetune_image_tiny", [f"data={SAMPLE}"])
+    assert where(recipe, recipe.task.test) == f"{SAMPLE}/images-test-*.tar"
+    recipe = load_recipe("finetune_image_tiny", [f"data={SAMPLE}/images-train-*.tar"])
+    assert where(recipe, f"{SAMPLE}/images-test-*.tar") == f"{SAMPLE}/images-test-*.tar"
+    with pytest.raises(
+        ValueError, match=r"task.test=images-test-\*.tar is a pattern inside the data folder, but"
+    ):
+        where(recipe, recipe.task.test)
 
 
 SETTINGS = [
