@@ -15,6 +15,7 @@ import torch
 
 from d2v_ds.convert.features import Encoder
 from d2v_ds.convert.load import load
+from d2v_ds.modalities.source import shard_pattern
 from d2v_ds.tasks.embed import best_device
 from d2v_ds.tasks.evaluate import answers, check_head, own_label, read_classes, read_labels
 from d2v_ds.tasks.items import Items, open_items, paired
@@ -49,8 +50,9 @@ def evaluate_glue(
     """Metrics of a model with a sentence head on labelled texts, and their mean `score`; in `out` as JSON, if named.
 
     `data`: a folder that `d2v prepare glue` made, whose development sets are taken and which says its task; or any
-    labelled shards. Metrics unsaid: the task's; without a task accuracy and macro_f1, of a head with one output pearson
-    and spearman.
+    labelled shards. Metrics unsaid: the task's; without a task those that a run was scored by, else accuracy and
+    macro_f1, of a head with one output pearson and spearman. A run of ours reads pairs if it learned on them, other
+    models where there are some.
 
     Raises ValueError, before the model runs, for a model without such a head, for labels that are missing or that the
     head does not have, and for metrics that do not go with it.
@@ -67,7 +69,8 @@ def evaluate_glue(
     label = label or own_label(encoder, LABEL)
     opened = []
     for split, shards in splits.items():
-        encoder.samples = paired(encoder.samples, shards)
+        if encoder.recipe.task is None:
+            encoder.samples = paired(encoder.samples, shards)
         items = open_items(shards, "text", encoder.samples, label)
         opened.append((split, items, encoder.samples, read_truths(items, encoder, label, data)))
     found: dict[str, dict[str, float]] = {}
@@ -95,23 +98,28 @@ def evaluate_glue(
 
 def find_splits(data: str) -> tuple[dict[str, str], str | None]:
     """Name and shards of each part to measure, and the task they were made for."""
-    manifest = Path(data) / "manifest.json"
-    if not manifest.is_file():
+    try:
+        made = json.loads((Path(data) / "manifest.json").read_bytes())
+        settings, all_splits = made["settings"], list(made["splits"])
+        name, task = settings["name"], settings.get("task")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, or another tool's
         return {"": data}, None
-    made = json.loads(manifest.read_bytes())
-    splits = sorted(split for split in made["splits"] if split.startswith("val"))
+    splits = sorted(split for split in all_splits if split.startswith("val"))
     if not splits:
         raise ValueError(
-            f"{data} has the splits {', '.join(made['splits'])}, no val; name the shards to measure on"
+            f"{data} has the splits {', '.join(all_splits)}, no val; name the shards to measure on"
         )
-    name = made["settings"]["name"]
-    parts = {split.removeprefix("val").strip("-"): f"{data}/{name}-{split}-[0-9]*.tar" for split in splits}
-    return parts, made["settings"].get("task")
+    patterns = {split: shard_pattern(data, f"{name}-{split}-[0-9]*.tar") for split in splits}
+    return {split.removeprefix("val").strip("-"): "::".join(found) for split, found in patterns.items()}, task
 
 
 def choose_metrics(encoder: Encoder, task: str | None, metrics: list[str] | None) -> tuple[str, ...]:
-    is_number = encoder.head_config.outputs == 1
-    names = tuple(metrics or GLUE.get(task, OF_NUMBERS if is_number else ("accuracy", "macro_f1")))
+    is_number, own = encoder.head_config.outputs == 1, encoder.recipe.task
+    unsaid = (
+        own.metrics if own and own.test is not None else None
+    )  # else nobody checked that they go with the head
+    unsaid = unsaid or (OF_NUMBERS if is_number else ("accuracy", "macro_f1"))
+    names = tuple(metrics or GLUE.get(task, unsaid))
     check_metrics(names, encoder.head_config.outputs, encoder.origin)
     return names
 

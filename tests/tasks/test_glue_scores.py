@@ -11,7 +11,7 @@ import torch
 from glue_files import samples, write_task
 from ranks import SAMPLE
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, matthews_corrcoef
 
 import d2v_ds
 from d2v_ds.cli import main
@@ -19,6 +19,7 @@ from d2v_ds.convert.consolidate import write_export
 from d2v_ds.convert.stored import Stored
 from d2v_ds.modalities.build import build_model
 from d2v_ds.model.heads import HEAD, HeadConfig, build_head
+from d2v_ds.model.tuned import Task
 from d2v_ds.recipe import load_recipe
 from d2v_ds.tasks.glue import GLUE, evaluate_glue
 from shards.command import main as prepare
@@ -30,9 +31,13 @@ def make(tmp_path_factory):
     """An export of a tiny text model with a sentence head."""
 
     def export(
-        outputs: int, labels: tuple[str, ...] | None = None, kind: str = "sentence_classification"
+        outputs: int,
+        labels: tuple[str, ...] | None = None,
+        kind: str = "sentence_classification",
+        task: Task | None = None,
     ) -> str:
         recipe = load_recipe("text_tiny", ["body.dim=48", "body.depth=2", "modalities.text.target.top_k=2"])
+        recipe.task = task
         head = HeadConfig(kind=kind, outputs=outputs, labels=labels)
         torch.manual_seed(0)
         model = build_model(recipe.body, recipe.modalities, has_teacher=False)
@@ -102,6 +107,30 @@ def test_mnli_is_measured_on_both_sets_with_classes_by_name(make, shards):
         right = [a == TASKS["mnli"].classes[int(b)] for a, b in zip(said, truth, strict=True)]
         assert found[f"accuracy_{part}"] == pytest.approx(sum(right) / 20)
     assert found["score"] == pytest.approx((found["accuracy_matched"] + found["accuracy_mismatched"]) / 2)
+
+
+def test_a_run_is_measured_as_it_was_scored(make, shards, tmp_path):
+    """By its own metrics, and on the first text alone where it learned that; other manifests say nothing."""
+    table = tmp_path / "pairs.tsv"
+    rows = [f"{'a b c' if i % 3 else 'x y z'} {i}\tsecond {7 * i}\t{i % 2}\n" for i in range(40)]
+    table.write_text("text\ttext_b\tlabel\n" + "".join(rows))
+    folder = tmp_path / "a[1]{b}"
+    assert (
+        prepare(["table", str(table), "--val-file", str(table), "--out", str(folder), "--workers", "1"]) == 0
+    )
+    task = load_recipe("finetune_text_tiny", ["task.metrics=[matthews]"]).task
+    model, imported = make(2, task=task), make(2)
+    said = d2v_ds.load(model).predict([row.split("\t")[0] for row in rows])
+    found = evaluate_glue(model, folder)
+    assert (
+        found["score"]
+        == found["matthews"]
+        == pytest.approx(matthews_corrcoef([i % 2 for i in range(40)], said))
+    )
+    assert evaluate_glue(imported, folder, metrics=["matthews"])["matthews"] != found["matthews"]
+    for content in ("[1]", '{"splits": 3}', "no JSON"):
+        (folder / "manifest.json").write_text(content)
+        assert evaluate_glue(model, folder)["samples"] == 80
 
 
 def test_what_cannot_be_measured_is_an_error_that_says_why(make, shards, tmp_path):
