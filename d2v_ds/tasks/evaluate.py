@@ -163,26 +163,26 @@ def read_labels(items: Items, label: str) -> list[str]:
     return found
 
 
-def find_classes(data: str) -> Path | None:
-    """`classes.json` beside the shards, if they lie in one folder of this machine."""
-    path = (Path(data) if Path(data).is_dir() else Path(data).parent) / "classes.json"
-    return path if "::" not in data and path.is_file() else None
-
-
-def class_names(data: str | Path) -> list[str] | None:
-    """What `d2v prepare` calls the classes of shards that lie in one folder of this machine."""
-    path = find_classes(str(data))
+def class_names(data: str | Path, label: str) -> tuple[str, ...] | None:
+    """What `classes.json` calls the classes of shards that lie in one folder of this machine; `d2v prepare` writes it
+    for labels in `cls` or `json.label`."""
+    if "::" in str(data) or not {"cls", "json.label"} & set(label.replace(" ", "").split(";")):
+        return None
     try:
-        names = json.loads(path.read_bytes()) if path else None
-    except ValueError:
-        return None  # another tool's
+        names = json.loads(classes_file(data).read_bytes())
+    except (OSError, ValueError):
+        return None  # absent, or another tool's
     is_ours = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return names if is_ours and len(set(names)) == len(names) else None
+    return tuple(names) if is_ours and len(set(names)) == len(names) else None
 
 
-def renumber(data: str | Path, names: tuple[str, ...]) -> dict[str, str]:
+def classes_file(data: str | Path) -> Path:
+    return (Path(data) if Path(data).is_dir() else Path(data).parent) / "classes.json"
+
+
+def renumber(data: str | Path, names: tuple[str, ...], label: str) -> dict[str, str]:
     """Numbers of data that names its classes, as those of a head that names some of them too; nothing for others."""
-    classes = class_names(data) or []
+    classes = class_names(data, label) or ()
     if not set(classes) & set(names):
         return {}
     return {
@@ -195,7 +195,7 @@ def read_classes(items: Items, encoder: Encoder, label: str, data: str | Path) -
     names = encoder.head_config.labels or ()
     outputs = encoder.head_config.outputs
     numbers = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(outputs)}
-    others = renumber(data, names)
+    others = renumber(data, names, label)
     found = []
     for i, text in enumerate(read_labels(items, label)):
         text = str(int(text)) if text.isascii() and text.isdigit() and text not in names else text

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from d2v_ds.recipe import Recipe
-from d2v_ds.tasks.evaluate import find_classes
+from d2v_ds.tasks.evaluate import class_names, classes_file
 
 
 def with_classes(recipe: Recipe, saved: Recipe | None) -> Recipe:
@@ -14,14 +12,13 @@ def with_classes(recipe: Recipe, saved: Recipe | None) -> Recipe:
     Raises ValueError where the data has other classes, or another number of them, than the recipe says.
     """
     task = recipe.task
-    if task.outputs == 1:
+    if task.outputs == 1 or task.head == "ctc":
         return recipe
     if saved is not None:
         return named(recipe, saved.task.labels) if task.labels is None else recipe
-    path = find_classes(recipe.data)
-    if path is None:
+    classes, path = class_names(recipe.data, task.label), classes_file(recipe.data)
+    if classes is None:
         return recipe
-    classes = tuple(json.loads(path.read_bytes()))
     if len(classes) != task.outputs:
         raise ValueError(
             f"{path} names {len(classes)} classes ({shown(classes)}), task.outputs={task.outputs}; "

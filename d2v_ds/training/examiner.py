@@ -140,7 +140,7 @@ def open_examiner(recipe: Recipe, sources: list[Source]) -> Examiner:
     for name, pattern in patterns.items():
         data = where(recipe, pattern)
         items = open_items(data, source.name, samples, task.label)
-        others = {} if task.head == "ctc" else renumber(data, task.labels or ())
+        others = {} if task.head == "ctc" else renumber(data, task.labels or (), task.label)
         parts[name] = items, [read_truth(items, i, source.samples.parse, others) for i in range(len(items))]
     return Examiner(recipe, parts, samples)
 

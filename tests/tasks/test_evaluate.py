@@ -113,15 +113,16 @@ def test_classes_of_other_data_are_counted_as_the_head_counts_them(make, tmp_pat
     (tmp_path / "val.tar").symlink_to(VAL)
     folder = make("image", 10, tuple("abcdefghij"))
     encoder = d2v_ds.load(folder)
-    items = open_items(VAL, "image", encoder.samples, "json.digit")
+    items = open_items(VAL, "image", encoder.samples, "json.label")
 
-    def read(names: str) -> list[int]:
+    def read(names: str, label: str = "cls;json.label") -> list[int]:
         (tmp_path / "classes.json").write_text(json.dumps(list(names)))
-        return read_classes(items, encoder, "json.digit", tmp_path / "*.tar")
+        return read_classes(items, encoder, label, tmp_path / "*.tar")
 
     digits = read("abcdefghij")
     assert digits == [int(items.read(i)[1]) for i in range(len(items))] == read("klmnopqrst")
     assert read("jihgfedcba") == [9 - digit for digit in digits]
+    assert read("jihgfedcba", "json.digit") == digits, "names are those of another label"
     with pytest.raises(ValueError, match=r"label '1 \(x\)' of .* is no class of the model"):
         read("axcdefghij")
 

@@ -20,6 +20,7 @@ from d2v_ds.modalities.build import build_tuned
 from d2v_ds.modalities.image.samples import ImageSamples
 from d2v_ds.model.tuned import Task
 from d2v_ds.recipe import load_recipe
+from d2v_ds.training.classes import with_classes
 from d2v_ds.training.examiner import where
 from d2v_ds.training.init import check_task, drop_paths, with_network
 from d2v_ds.training.schedule import learning_rate, scaled
@@ -165,6 +166,28 @@ def test_what_the_command_says_of_the_network_stands_over_what_its_recipe_says(t
     for name in ("finetune_text_tiny", "finetune_text_rte"):
         text = load_recipe(name, given)
         assert with_network(text, None, given).modalities["text"].data.tokenizer == f"{tmp_path}/own.model"
+
+
+def test_classes_are_named_by_the_file_that_is_about_them(tmp_path) -> None:
+    """Not transcripts, not labels of another key, and not by a file of another tool's."""
+    file, data = tmp_path / "classes.json", f"data={tmp_path}"
+    two = load_recipe("finetune_image_base", [data, "task.outputs=2"])
+    for content, names in (
+        ('["cat", "dog"]', ("cat", "dog")), ('{"cat": 0, "dog": 1}', None), ("[1, 2]", None), ("3", None), ("{", None),
+    ):  # fmt: skip
+        file.write_text(content)
+        assert with_classes(two, None).task.labels == names
+    file.write_text('["anna", "ben", "cleo"]')
+    with pytest.raises(
+        ValueError, match=r"names 3 classes \(anna, ben, cleo\), task.outputs=2; set task.outputs=3"
+    ):
+        with_classes(two, None)
+    for name, overrides in (
+        ("finetune_audio_base_10h", []),
+        ("finetune_audio_classes", ["task.label=json.digit", "task.outputs=2"]),
+    ):
+        recipe = load_recipe(name, [data, *overrides])
+        assert with_classes(recipe, None) == recipe
 
 
 def test_a_test_is_never_the_shards_that_are_trained_on() -> None:
