@@ -9,21 +9,31 @@
 #   TASKS     default: cola mnli mrpc qnli qqp rte sst2 stsb
 #   LRS       default: 1e-5 2e-5 4e-5 6e-5
 #   SEEDS     default: 1 2 3 4 5
-#   NUM_GPUS  runs at the same time, each on one GPU (default: all there are; without a GPU 1)
+#   NUM_GPUS  runs at the same time, each on one GPU of CUDA_VISIBLE_DEVICES (default: all there are); 0: one on the CPU
 #   DEEPSPEED preset or file (default: zero0)
 #
 # Stopped at any moment, the same command goes on: finished runs are skipped, a run that was cut goes on from its last
 # checkpoint. Table and $OUT/glue.json at the end; a run that fails is named, the others go on, and the exit code is 1.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+for name in INIT GLUE; do
+    [ ! -e "${!name:-}" ] || printf -v "$name" %s "$(realpath "${!name}")"
+done
+source "$(dirname "${BASH_SOURCE[0]}")/pretrain.sh"
 
 out="${OUT:-checkpoints/glue}"
 read -ra tasks <<< "${TASKS:-cola mnli mrpc qnli qqp rte sst2 stsb}"
 read -ra rates <<< "${LRS:-1e-5 2e-5 4e-5 6e-5}"
 read -ra seeds <<< "${SEEDS:-1 2 3 4 5}"
 gpus="${NUM_GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}"
+[[ "$gpus" =~ ^[0-9]+$ ]] || fail "NUM_GPUS=$gpus must be a whole number, 0 for the CPU"
 [ -n "${INIT:-}" ] || fail "set INIT to the model to fine-tune"
+IFS=, read -ra devices <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 "$((gpus - 1))")}"
+[ "$gpus" -le "${#devices[@]}" ] || fail "NUM_GPUS=$gpus, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names ${#devices[@]}"
 mkdir -p "$out"
+code=0
+exec 9> "$out/.lock" # held by every run until it ends; other codes than 1: no locks on this disk
+flock -w 10 9 || code=$?
+[ "$code" -ne 1 ] || fail "runs in $out are going on, perhaps of a script that was killed; wait for them or stop them"
 
 for task in "${tasks[@]}"; do
     if [ ! -f "$out/shards/$task/manifest.json" ]; then
@@ -44,8 +54,10 @@ work() {
     local worker=$1 workers=$2 task rate seed run child= code
     shift 2
     trap '[ -z "$child" ] || kill -TERM "$child" 2> /dev/null; wait; exit 85' TERM
-    [ "$gpus" -eq 0 ] || export CUDA_VISIBLE_DEVICES="$worker"
+    export CUDA_VISIBLE_DEVICES="${devices[worker]:-}"
+    [ "$gpus" -ne 0 ] || export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
     for ((i = worker; i < ${#runs[@]}; i += workers)); do
+        kill -0 $$ 2> /dev/null || exit 1 # the script was killed
         read -r task rate seed <<< "${runs[i]}"
         run="$out/$task/lr_${rate}_seed_${seed}"
         [ "$(cat "$run/finished" 2> /dev/null)" != "$INIT $*" ] || continue

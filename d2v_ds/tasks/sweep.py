@@ -2,6 +2,8 @@
 
     python -m d2v_ds.tasks.sweep checkpoints/glue     reads TASK/lr_RATE_seed_N/best.json; writes glue.json
 
+Runs that have not come to their end have no result yet.
+
 A run's score is that of its best checkpoint on the development set, as GLUE's published development scores are.
 """
 
@@ -20,6 +22,8 @@ from d2v_ds.tasks.table import write_whole
 RUN = re.compile(r"lr_(?P<rate>[^_]+)_seed_(?P<seed>\d+)")
 BEST = "best.json"
 """What a run writes of its best checkpoint."""
+FINISHED = "finished"
+"""What the script writes when a run has come to its end."""
 
 
 def summarize(folder: Path) -> dict[str, Any]:
@@ -43,8 +47,8 @@ def summarize(folder: Path) -> dict[str, Any]:
 
 
 def read_run(path: Path) -> dict[str, Any] | None:
-    """Rate, seed, score and metrics of a run; None if it has no result."""
-    if not (path / BEST).is_file():
+    """Rate, seed, score and metrics of a run; None if it has no result, or has not come to its end."""
+    if not (path / BEST).is_file() or not (path / FINISHED).is_file():
         return None
     best, name = json.loads((path / BEST).read_bytes()), RUN.fullmatch(path.name)
     numbers = {key: value for key, value in best.items() if isinstance(value, float)}
@@ -54,12 +58,20 @@ def read_run(path: Path) -> dict[str, Any] | None:
 def choose(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The rate with the best median over its seeds; of equals the lowest."""
     by_rate: dict[float, list[dict[str, Any]]] = {}
+    names = metrics_of(runs[0])
+    if other := next((run for run in runs if metrics_of(run) != names), None):
+        said = (
+            f"lr {run['lr']:g}, seed {run['seed']} by {', '.join(metrics_of(run))}"
+            for run in (runs[0], other)
+        )
+        raise ValueError(
+            f"runs of one task are scored by other metrics: {'; '.join(said)}; remove those of one kind"
+        )
     for run in runs:
         by_rate.setdefault(run["lr"], []).append(run)
     medians = {rate: statistics.median(run["score"] for run in some) for rate, some in by_rate.items()}
     rate = min(medians, key=lambda rate: (-medians[rate], rate))
     scores = [run["score"] for run in by_rate[rate]]
-    names = [key for key in runs[0] if key not in ("lr", "seed", "score")]
     return {
         "lr": rate,
         "seeds": len(scores),
@@ -70,6 +82,10 @@ def choose(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "median_by_lr": {f"{rate:g}": medians[rate] for rate in sorted(medians)},
         "runs": runs,
     }
+
+
+def metrics_of(run: dict[str, Any]) -> list[str]:
+    return [key for key in run if key not in ("lr", "seed", "score")]
 
 
 def format_summary(found: dict[str, Any]) -> str:
