@@ -121,7 +121,7 @@ def check_head(encoder: Encoder, kind: str) -> None:
 def answers(
     encoder: Encoder, items: Items, batch: int, workers: int | None, unreadable: list[Bad]
 ) -> tuple[list[Tensor], list[int]]:
-    """What the head says of each item that can be read, and which items those are."""
+    """What the head says of each item that can be read, and which items those are; ValueError if it is no number."""
     rows: list[Tensor] = []
     places: list[int] = []
     for group in make_groups(prepare(encoder, items, 0, workers), encoder, batch):
@@ -129,7 +129,14 @@ def answers(
         unreadable += group.bad
         for first in range(0, len(ready), batch):
             chosen = ready[first : first + batch]
-            rows += head_logits(encoder, chosen).unbind()
+            logits = head_logits(encoder, chosen)
+            is_finite = logits.flatten(1).isfinite().all(1).tolist()
+            if not all(is_finite):
+                raise ValueError(
+                    f"outputs of {encoder.origin or 'the model'} are not finite, as for "
+                    f"{chosen[is_finite.index(False)].name.full}; take weights of an earlier step"
+                )
+            rows += logits.unbind()
             places += [item.number for item in chosen]
     return rows, places
 

@@ -16,7 +16,7 @@ from d2v_ds.data import Corpus
 from d2v_ds.modalities.build import build_model
 from d2v_ds.model.heads import HEAD, HeadConfig, build_head
 from d2v_ds.recipe import load_recipe
-from d2v_ds.tasks.evaluate import evaluate, own_label, read_classes, read_transcripts, score_classes
+from d2v_ds.tasks.evaluate import answers, evaluate, own_label, read_classes, read_transcripts, score_classes
 from d2v_ds.tasks.items import open_items
 
 VAL = str(SAMPLE / "multimodal-val-000000.tar")
@@ -144,6 +144,17 @@ def test_a_run_is_measured_by_what_it_learned(make):
     task = load_recipe("finetune_audio_tiny").task
     speech.recipe = speech.recipe.model_copy(update={"task": task})
     assert read_transcripts(items, speech, "txt")[0] == items.read(0)[1].upper()
+
+
+def test_outputs_that_are_not_finite_are_no_score(make):
+    encoder = d2v_ds.load(make("image", 10))
+    items = open_items(VAL, "image", encoder.samples, "json.digit")
+    assert len(answers(encoder, items, 32, 1, [])[0]) == len(items)
+    torch.nn.init.constant_(encoder.head.proj.bias, float("nan"))
+    with pytest.raises(
+        ValueError, match=r"are not finite, as for multimodal-val-000000.tar:\S+; take weights of"
+    ):
+        answers(encoder, items, 32, 1, [])
 
 
 def test_what_cannot_be_evaluated_is_an_error_that_says_why(make):
