@@ -10,7 +10,7 @@ import platform
 import shutil
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -127,12 +127,15 @@ class Run:
         }
         self.signals.phase = "saving"
         self.watchdog.wait_patiently("saving")
-        goes_back, step = self.recipe.health.on_collapse == "rollback", self.step
-        spared = (
-            (lambda: newest_healthy(self.folder, step)) if goes_back else self.examiner.spared(self.folder)
-        )
-        self.saver.begin(step, loop, spared)
+        self.saver.begin(self.step, loop, self.spared())
         self.signals.phase, self.saved = "running", self.step
+
+    def spared(self) -> Callable[[], Path | None] | None:
+        """The older checkpoint that stays besides the last ones: the best, or what a rollback would go back to."""
+        if self.recipe.task or self.recipe.health.on_collapse != "rollback":
+            return self.examiner.spared(self.folder)
+        step = self.step
+        return lambda: newest_healthy(self.folder, step)
 
     def finish_saving(self) -> None:
         """Waits for the last checkpoint; OSError if it could not be written. All ranks call it."""

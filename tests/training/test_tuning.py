@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from d2v_ds.modalities.image.samples import ImageSamples
 from d2v_ds.model.tuned import Task
 from d2v_ds.recipe import load_recipe
 from d2v_ds.training.classes import with_classes
-from d2v_ds.training.examiner import where
+from d2v_ds.training.examiner import Examiner, where
 from d2v_ds.training.init import check_task, drop_paths, with_network
+from d2v_ds.training.run import Run
 from d2v_ds.training.schedule import learning_rate, scaled
 
 
@@ -188,6 +190,14 @@ def test_classes_are_named_by_the_file_that_is_about_them(tmp_path) -> None:
     ):
         recipe = load_recipe(name, [data, *overrides])
         assert with_classes(recipe, None) == recipe
+
+
+def test_the_best_checkpoint_stays_whatever_the_policy_on_collapse(tmp_path) -> None:
+    recipe = load_recipe("finetune_image_tiny", ["health.on_collapse=rollback"])
+    examiner = Examiner(recipe, None)
+    examiner.best = {"step": 4}
+    run = SimpleNamespace(recipe=recipe, examiner=examiner, folder=tmp_path, step=8)
+    assert Run.spared(run)() == tmp_path / "step_00000004"
 
 
 def test_a_test_is_never_the_shards_that_are_trained_on() -> None:
