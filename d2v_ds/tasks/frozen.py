@@ -299,7 +299,8 @@ def judge(
         found = knn(x[0], train, x[1], test)
         if not found:
             raise ValueError(
-                f"{len(train)} samples to fit on are fewer than the 10 neighbours that knn needs"
+                f"{len(train)} samples to fit on are fewer than the 10 neighbours that knn needs; give more, or use "
+                "`d2v eval ridge`"
             )
         return {"features": name, "dim": x[0].shape[1], "knn": {str(k): value for k, value in found.items()}}
     if kind == "ridge":

@@ -148,6 +148,8 @@ def readout(
     generator = torch.Generator().manual_seed(training.seed)
     order = torch.randperm(len(labels_N), generator=generator)
     held_out, rest = order.tensor_split([max(1, round(HELD_OUT * len(order)))])
+    if len(rest) < 2:
+        raise ValueError(f"{len(order)} samples to fit on are too few to hold one out; give 3 or more")
     classes = int(labels_N.max()) + 1
     tried = []
     for rate in RATES:

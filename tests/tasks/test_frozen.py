@@ -79,6 +79,8 @@ def test_a_readout_is_the_same_each_time_and_leaves_random_states_alone():
     torch.manual_seed(5)
     found = [readout(x, labels, x, labels, Training(epochs=3), CPU) for _ in range(2)]
     assert found[0] == found[1] and torch.equal(torch.rand(3), expected)
+    with pytest.raises(ValueError, match="2 samples to fit on are too few to hold one out; give 3 or more"):
+        readout(Vectors(x.x[:2]), torch.tensor([0, 1]), x, labels, Training(epochs=3), CPU)
 
 
 @pytest.mark.parametrize("kind", ["knn", "ridge", "linear", "attentive"])
