@@ -96,6 +96,8 @@ class Saver:
         self.failures = 0
         """Saves that failed since the process started."""
         self.failures_in_a_row = 0
+        self.lost: set[int] = set()
+        """Steps that could not be saved."""
         self.paused = 0.0
         """Seconds that training stood still for saves, since `take_pause`."""
         self.pending: Pending | None = None
@@ -264,6 +266,7 @@ class Saver:
         self.pending = None
         self.failures += 1
         self.failures_in_a_row += 1
+        self.lost.add(pending.step)
         if self.rank == 0:
             with contextlib.suppress(OSError):  # a folder that became read-only keeps what it has
                 remove_leftovers(self.run)

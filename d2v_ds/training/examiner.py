@@ -30,6 +30,7 @@ from d2v_ds.tasks.items import Items, Name, open_items
 from d2v_ds.tasks.metrics import check_metrics, measure
 from d2v_ds.tasks.table import Bad
 from d2v_ds.training.agreement import together
+from d2v_ds.training.log import warn
 from d2v_ds.training.probing import undisturbed
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Examiner:
 
     best: dict[str, Any] | None = None
     """Step, score and metrics of the best checkpoint."""
+    before: dict[str, Any] | None = None
+    """Of the best one before it, for the case that it cannot be saved."""
 
     def __init__(
         self, recipe: Recipe, parts: dict[str, tuple[Items, list[float]]] | None, samples: Any = None
@@ -70,13 +73,15 @@ class Examiner:
         numbers = "  ".join(
             f"{key} {value:.4f}" for key, value in row.items() if key not in ("score", "unreadable")
         )
+        if self.best and self.best["step"] in run.saver.lost:
+            self.best = self.before
         is_best = self.best is None or row["score"] > self.best["score"]
         run.say(f"test at step {run.step}: {numbers}{' (best)' * is_best}")
         if is_best:
-            self.best = {"step": run.step, **row}
+            self.before, self.best = self.best, {"step": run.step, **row}
             run.save()
-            if run.rank == 0:
-                write_best(run.folder, self.best)
+        if run.rank == 0:
+            write_best(run.folder, self.best)
 
     def score_part(self, run: Run, encoder: Encoder, items: Items, truths: list[float]) -> dict[str, float]:
         mine = Share(items, run.rank, run.world)
@@ -101,8 +106,10 @@ class Examiner:
         """The checkpoint that is kept besides the last ones."""
         if self.best is None:
             return None
-        best = run / folder_name(self.best["step"])
-        return lambda: best
+        best, before = (
+            None if row is None else run / folder_name(row["step"]) for row in (self.best, self.before)
+        )
+        return lambda: best if best.is_dir() else before
 
 
 class Share:
@@ -197,7 +204,11 @@ def flatten(found: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def write_best(folder: Path, best: dict[str, Any]) -> None:
-    """best.json: the step, and its numbers."""
-    path = folder / "best.json"
-    path.unlink(missing_ok=True)
-    write_bytes(path, json.dumps(best, indent=1).encode())
+    """best.json: the step, and its numbers; whole or as it was."""
+    temporary = folder / ".tmp-best.json"
+    try:
+        temporary.unlink(missing_ok=True)
+        write_bytes(temporary, json.dumps(best, indent=1).encode())
+        temporary.replace(folder / "best.json")
+    except OSError as error:  # a full disk: the next score tries again
+        warn("best.json", error)

@@ -22,7 +22,7 @@ from d2v_ds.modalities.image.samples import ImageSamples
 from d2v_ds.model.tuned import Task
 from d2v_ds.recipe import load_recipe
 from d2v_ds.training.classes import with_classes
-from d2v_ds.training.examiner import Examiner, where
+from d2v_ds.training.examiner import Examiner, where, write_best
 from d2v_ds.training.init import check_task, drop_paths, with_network
 from d2v_ds.training.run import Run
 from d2v_ds.training.schedule import learning_rate, scaled
@@ -196,8 +196,34 @@ def test_the_best_checkpoint_stays_whatever_the_policy_on_collapse(tmp_path) -> 
     recipe = load_recipe("finetune_image_tiny", ["health.on_collapse=rollback"])
     examiner = Examiner(recipe, None)
     examiner.best = {"step": 4}
+    (tmp_path / "step_00000004").mkdir()
     run = SimpleNamespace(recipe=recipe, examiner=examiner, folder=tmp_path, step=8)
     assert Run.spared(run)() == tmp_path / "step_00000004"
+
+
+def test_the_best_checkpoint_stays_where_a_better_one_could_not_be_saved(tmp_path, monkeypatch) -> None:
+    """And best.json names it again; a disk that is full ends no run."""
+    recipe = load_recipe("finetune_image_tiny", [f"out={tmp_path}"])
+    scores = {1: 0.2, 2: 0.5, 3: 0.1, 4: 0.3}
+    run = SimpleNamespace(
+        recipe=recipe, folder=tmp_path, rank=0, log=None, saver=SimpleNamespace(lost=set()), step=0,
+        watchdog=SimpleNamespace(wait_patiently=lambda what: None), say=lambda text: None,
+        save=lambda: (tmp_path / f"step_{run.step:08d}").mkdir() if run.step != 2 else run.saver.lost.add(2),
+    )  # fmt: skip
+    monkeypatch.setattr("d2v_ds.training.examiner.build_encoder", lambda run, samples: None)
+    monkeypatch.setattr(
+        Examiner, "score_part", lambda self, run, *_: {"score": scores[run.step], "unreadable": 0}
+    )
+    examiner, best = Examiner(recipe, {"": ([], [])}), {}
+    for run.step in scores:
+        examiner.score(run)
+        best[run.step] = (
+            json.loads((tmp_path / "best.json").read_text())["step"],
+            examiner.spared(tmp_path)().name,
+        )
+    assert best[2] == (2, "step_00000001") and best[3] == (1, "step_00000001")
+    assert best[4] == (4, "step_00000004")
+    write_best(tmp_path / "absent", {})
 
 
 def test_a_test_is_never_the_shards_that_are_trained_on() -> None:
