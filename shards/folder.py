@@ -267,7 +267,9 @@ def find_rows(job: Job, source: Path, arguments: argparse.Namespace) -> Source:
         if not file and "txt" not in texts:
             others.append(Skipped(str(source), f"row {number + 1} has neither a file nor text"))
             continue
-        given = row.get("key") or (os.path.splitext(str(row[path]))[0] if file else f"{number:09d}")
+        given = row.get("key")
+        if given in (None, ""):
+            given = os.path.splitext(str(row[path]))[0] if file else f"{number:09d}"
         split = str(row["split"]) if row.get("split") else None
         items.append(Item(make_key(str(given)), [(ending_of(file), file)] if file else [], texts, split))
     refuse_splits(items)

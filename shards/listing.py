@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from d2v_ds.data.scan import split_name
 from shards.writer import tar_bytes, write_bytes
 
 ROW = np.dtype([("part", "<u4"), ("offset", "<u8"), ("bytes", "<u8"), ("key", "<u8"), ("split", "<u2")])
@@ -107,9 +108,13 @@ def make_key(name: str) -> str:
 
     Whatever is not A-Z a-z 0-9 _ - / is written %XX, as in addresses on the web, so `urllib.parse.unquote` gives the
     path again, unless it was too long: then its end is a hash. The extension of a member begins at the first dot of
-    its name, so a dot in a key would be read as one.
+    its name, so a dot in a key would be read as one; what lies in `__x__/` would be read as metadata of the tar.
     """
-    key = quote(os.fsencode(name.lstrip("/")), safe="/").replace(".", "%2E").replace("~", "%7E")
+    key = quote(os.fsencode(name.lstrip("/") or "/"), safe="/").replace(".", "%2E").replace("~", "%7E")
+    if key.endswith("/"):
+        key = f"{key[:-1]}%2F"
+    if split_name(f"{key}.txt") is None:
+        key = f"%5F{key[1:]}"
     if len(key) <= MAX_KEY:
         return key
     return f"{key[: MAX_KEY - 17]}-{hash_key(key):016x}"

@@ -193,6 +193,17 @@ def test_a_file_that_changes_or_goes_after_it_was_listed_is_left_out_and_said(tm
     assert "cannot be read any more" in said and "bring it back" in said
 
 
+def test_names_that_a_reader_of_tars_would_pass_over_are_written_so_that_it_does_not(tmp_path):
+    """Members in `__x__/` are metadata to it, and those without a name before the dot no samples."""
+    source = write_tree(tmp_path / "src", {"__a__/1.jpg": b"1", "b/__c__/2.jpg": b"2"})
+    assert set(fold(source, tmp_path / "out")) == {"%5F_a__/1", "b/__c__/2"}
+    assert len(Corpus.open(expand_shards(str(tmp_path / "out")), {"image": "jpg"})) == 2
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"key": k, "text": "a"}) + "\n" for k in ("a/", "/", 0)))
+    fold(tmp_path / "t.jsonl", tmp_path / "table")
+    corpus = Corpus.open(expand_shards(str(tmp_path / "table")), {"text": "txt"})
+    assert {corpus.key(i).partition(":")[2] for i in range(len(corpus))} == {"a%2F", "%2F", "0"}
+
+
 # ---- tables ----
 
 
