@@ -173,7 +173,7 @@ def as_number(value: Any, where: str) -> float:
     """A label of regression."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):
         raise ValueError(f"{where}: label {value!r} is no number, which regression needs")
@@ -224,7 +224,8 @@ def _read_json(path: Path) -> Iterator[Numbered]:
             raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
 
 
-def read_line(path: Path, number: int, line: str) -> dict[str, Any]:
+def read_line(path: Path, number: int, line: str) -> Values:
+    """A line of JSONL; ValueError if it is no object, or holds what is no text."""
     try:
         row = json.loads(line)
         if "\\u" in line:
@@ -233,7 +234,7 @@ def read_line(path: Path, number: int, line: str) -> dict[str, Any]:
         raise ValueError(
             f"{path}: line {number} has half of a pair of surrogates ({error}), which no text can hold; correct it"
         ) from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: line {number} is no JSON ({error}); a line holds one object") from error
     if not isinstance(row, dict):
         raise ValueError(f"{path}: line {number} is no JSON object {{...}}, but {type(row).__name__}")

@@ -136,13 +136,13 @@ def find_classes(path: Path, column: str, names: list[str] | None) -> list[str]:
             f"{path} has one class alone in {column!r} ({', '.join(seen)}); two or more are needed"
         )
     if all(is_whole(name) for name in seen):
-        most = max(map(int, seen))
-        if most >= MOST_CLASSES:
+        largest = max(seen, key=lambda name: (len(name), name))
+        if len(largest) > len(str(MOST_CLASSES)) or int(largest) >= MOST_CLASSES:
             raise ValueError(
-                f"{path} has the class {most} in {column!r}, and classes count from 0 to at most {MOST_CLASSES - 1}; "
-                "name those that there are: --classes"
+                f"{path} has the class {largest[:40]} in {column!r}, and classes count from 0 to at most "
+                f"{MOST_CLASSES - 1}; name those that there are: --classes"
             )
-        return [str(i) for i in range(most + 1)]
+        return [str(i) for i in range(max(map(int, seen)) + 1)]
     return sorted(seen)
 
 

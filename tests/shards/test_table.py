@@ -106,6 +106,16 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     assert "holds no row, its header alone" in refuse(table, "--val-file", tmp_path / "head.tsv")
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
     assert "is damaged or no parquet file" in refuse(tmp_path / "x.parquet")
+    for text, message in (
+        ("[" * 100_000, "line 2 is no JSON (maximum recursion"),
+        ('{"text": "\\ud800", "label": 1}', "line 2 has half of a pair of surrogates"),
+        ('{"text": "b", "label": %s}' % ("1" * 5000), "line 2 is no JSON (Exceeds the limit"),
+        ('{"text": "b", "label": 20000000}', "has the class 20000000 in 'label'"),
+    ):
+        (tmp_path / "d.jsonl").write_text('{"text": "a", "label": 0}\n' + text + "\n")
+        assert message in refuse(tmp_path / "d.jsonl")
+    (tmp_path / "d.jsonl").write_text('{"text": "a", "label": 1%s}\n' % ("0" * 400))
+    assert "is no number, which regression needs" in refuse(tmp_path / "d.jsonl", "--regression")
     many = [{"text": "x" if i else " ", "label": i % 2} for i in range(150)]
     make(write(tmp_path / "m.jsonl", many), tmp_path / "many")
     assert list(skipped(tmp_path / "many").values()) == ["has no text in 'text'"]
