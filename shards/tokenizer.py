@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from d2v_ds.cli import add_remote, reading_remote
-from d2v_ds.data import Corpus, expand_shards
+from d2v_ds.data import Corpus, CorruptSample, expand_shards
 from shards.writer import write_bytes
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
@@ -80,13 +80,20 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
+    for name, least in (("lines", 1), ("threads", 1), ("vocabulary", 1), ("seed", 0)):
+        if not least <= (value := getattr(arguments, name)) < 1 << 32:
+            raise ValueError(f"--{name} {value} must be from {least} to {(1 << 32) - 1}")
+    out = arguments.out
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; give the file to write, as {out}/sentencepiece.model")
+    out.parent.mkdir(parents=True, exist_ok=True)
     corpus = Corpus.open(expand_shards(arguments.shards), {"text": arguments.fields})
     drawn = Drawn(corpus, arguments.lines, arguments.seed)
     model = train_sentencepiece(drawn, arguments.kind, arguments.vocabulary, arguments.threads)
     write_file(arguments.out, model)
     print(f"learned from {drawn.lines} lines of {drawn.documents} documents, of {len(corpus)} that there are")
     if drawn.unreadable:
-        print(f"documents left out, being no UTF-8: {drawn.unreadable}")
+        print(f"documents left out, being unreadable: {drawn.unreadable}; one of them: {drawn.example}")
     print(f"wrote {arguments.out}; set modalities.text.data.tokenizer={arguments.out}, and")
     print(
         f"modalities.text.vocabulary to {arguments.vocabulary}, or {arguments.vocabulary + 1} if view=masked"
@@ -100,6 +107,8 @@ class Drawn:
     def __init__(self, corpus: Corpus, num_lines: int, seed: int) -> None:
         self.corpus, self.num_lines, self.seed = corpus, num_lines, seed
         self.lines = self.documents = self.unreadable = 0
+        self.example = ""
+        """Why one is unreadable."""
 
     def __iter__(self) -> Iterator[str]:
         for document in np.random.RandomState(self.seed).permutation(len(self.corpus)):
@@ -107,8 +116,10 @@ class Drawn:
                 return
             try:
                 text = self.corpus.read(int(document))["text"].decode()
-            except UnicodeDecodeError:
+            except ValueError as error:
                 self.unreadable += 1
+                is_named = isinstance(error, CorruptSample)
+                self.example = str(error) if is_named else f"{self.corpus.key(int(document))}: {error}"
                 continue
             self.documents += 1
             for line in text.splitlines():
@@ -119,15 +130,19 @@ class Drawn:
 
 def cut_line(line: str, max_bytes: int = MAX_LINE) -> Iterator[str]:
     """The line in pieces of at most `max_bytes`, cut at spaces where there are some; nothing of an empty one."""
-    rest = line.encode()
-    while len(rest) > max_bytes:
-        end = rest.rfind(b" ", 1, max_bytes)
-        end = end if end > 0 else max_bytes
-        piece = rest[:end].decode(errors="ignore")  # a character cut in two goes to the next piece, whole
+    whole, start = line.encode(), 0
+    while len(whole) - start > max_bytes:
+        end = whole.rfind(b" ", start + 1, start + max_bytes)
+        end = end if end > 0 else start + max_bytes
+        piece = whole[start:end].decode(
+            errors="ignore"
+        )  # a character cut in two goes to the next piece, whole
         yield piece
-        rest = rest[len(piece.encode()) :].lstrip(b" ")
-    if rest:
-        yield rest.decode()
+        start += len(piece.encode())
+        while whole.startswith(b" ", start):
+            start += 1
+    if start < len(whole):
+        yield whole[start:].decode()
 
 
 def train_sentencepiece(

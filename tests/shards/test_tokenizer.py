@@ -7,6 +7,7 @@ import random
 import pytest
 import sentencepiece
 from corpora import text_files
+from layouts import write_tar
 from trees import prepare, write_tree
 
 from d2v_ds.modalities.text.tokenizer import UNK, load_tokenizer
@@ -234,7 +235,7 @@ def test_a_model_is_trained_on_shards_with_the_ids_that_text_models_need(shards,
     for name in ("a", "b"):
         command = ["train", str(shards), "--out", str(tmp_path / name), "--kind", kind, "--vocabulary", "286"]
         assert main(command) == 0
-    assert "left out, being no UTF-8: 1\n" in capsys.readouterr().out
+    assert "left out, being unreadable: 1; one of them: " in capsys.readouterr().out
     model = (tmp_path / "a").read_bytes()
     assert model == (tmp_path / "b").read_bytes()
     tokenizer = load_tokenizer(model, 286, tmp_path / "a")
@@ -249,6 +250,33 @@ def test_how_much_is_read_is_limited(shards, tmp_path, capsys):
     assert main([*command, str(tmp_path / "a")]) == main([*command, str(tmp_path / "b"), "--seed", "1"]) == 0
     assert "learned from 20 lines of 8 documents, of 61" in capsys.readouterr().out
     assert (tmp_path / "a").read_bytes() != (tmp_path / "b").read_bytes()
+
+
+def test_a_json_without_text_is_left_out_and_named(tmp_path, capsys):
+    texts = {f"{i:02d}.json": json.dumps({"text": f"line {i}, the dog" * 3}) for i in range(20)}
+    write_tar(
+        tmp_path / "shards/a.tar", texts | {"null.json": '{"text": null}', "half.json": '{"text": "\\ud800"}'}
+    )
+    assert main(["train", str(tmp_path / "shards"), "--out", str(tmp_path / "a"), "--vocabulary", "290"]) == 0
+    assert "being unreadable: 2; one of them: a.tar:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--lines", "0"), "--lines 0 must be from 1"),
+        (("--threads", "0"), "--threads 0 must be from 1"),
+        (("--vocabulary", "-3"), "--vocabulary -3 must be from 1"),
+        (("--seed", "-1"), "--seed -1 must be from 0"),
+        (("--out", "{tmp_path}"), "is a folder; give the file to write"),
+    ],
+)
+def test_what_cannot_be_trained_or_written_is_refused_before_anything_is_read(
+    tmp_path, capsys, more, message
+):
+    more = [part.format(tmp_path=tmp_path) for part in more]
+    assert main(["train", str(tmp_path / "absent.tar"), "--out", str(tmp_path / "a"), *more]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_too_large_a_vocabulary_is_said_in_one_line(shards, tmp_path, capsys):
@@ -266,6 +294,10 @@ def test_long_lines_are_cut_and_nothing_of_them_is_lost(line):
     assert "".join(pieces).replace(" ", "") == line.replace(" ", "")
     if " " in line:
         assert {word for piece in pieces for word in piece.split()} == {"w\u00f6rd"}
+
+
+def test_a_line_of_any_length_is_cut_in_a_time_that_grows_with_it():
+    assert sum(len(piece) for piece in cut_line("word " * 4_000_000)) > 15_000_000
 
 
 def test_a_json_tokenizer_is_told_from_a_sentencepiece_model(tmp_path):
