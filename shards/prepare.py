@@ -312,7 +312,9 @@ def _keep_settings(job: Job) -> None:
 
 
 def remove_listing(job: Job) -> None:
-    for path in job.work.iterdir():
+    for path in sorted(
+        job.work.iterdir(), key=lambda path: path.name == "settings.json"
+    ):  # that of a listing last
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != "lock":

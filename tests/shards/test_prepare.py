@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,25 @@ def test_other_settings_are_refused_once_shards_are_written(source, tmp_path):
     (out / WORK).mkdir(parents=True)
     (out / WORK / "settings.json").write_text(json.dumps({"seed": 9}))
     assert prepare("folder", source, "--out", out, *SETTINGS)[0] == 0
+
+
+def test_killed_while_it_begins_anew_it_does_not_take_the_listing_of_other_settings(tmp_path, monkeypatch):
+    """What says of which settings a listing is goes last."""
+    import shards.prepare as module
+
+    source = write_tree(tmp_path / "src", {"1.jpg": b"1", "2.txt": "2"})
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "plan_shards", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare("folder", source, "--out", tmp_path / "out", "--modality", "text")
+    work, unlink = tmp_path / "out" / WORK, Path.unlink
+    gone = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, **more: (gone.append(path.name), unlink(path, **more)))
+        first = lambda path: path.name != "settings.json"  # noqa: E731
+        patch.setattr(Path, "iterdir", lambda path: sorted(map(path.joinpath, os.listdir(path)), key=first))
+        module.remove_listing(types.SimpleNamespace(work=work))
+    assert gone[-1] == "settings.json" and "listing.json" in gone
 
 
 def test_two_runs_in_one_folder_do_not_meet(source, tmp_path, monkeypatch):
