@@ -165,12 +165,19 @@ def walk(folder: Path, others: list[Skipped]) -> Iterator[str]:
         for entry in entries:
             if entry.name.startswith("."):
                 others.append(Skipped(entry.path, "is hidden"))
-            elif entry.is_dir():
+            elif leads_to_folder(entry):
                 yield from descend(entry.path, (*above, (status.st_dev, status.st_ino)))
             else:
                 yield entry.path
 
     yield from descend(str(folder), ())
+
+
+def leads_to_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def ending_of(path: str) -> str:
@@ -197,10 +204,11 @@ def group_files(files: list[str], root: Path, others: list[Skipped]) -> Iterator
             continue
         for path in main:
             yield Item(make_key(os.path.relpath(path, root)), [(ending_of(path), path)], {})
-        for path in set(paths) - set(main):
-            others.append(
-                Skipped(path, "belongs to one of several files of one name, it is not said to which")
-            )
+        others.extend(
+            Skipped(path, "belongs to one of several files of one name, it is not said to which")
+            for path in paths
+            if path not in main
+        )
 
 
 def add_folder_labels(items: list[Item], root: Path, others: list[Skipped]) -> list[str]:
@@ -282,7 +290,7 @@ def read_table(path: Path) -> tuple[list[dict[str, Any]], Path]:
     if kind not in TABLES:
         raise ValueError(f"{path} is neither a folder nor a table; a table ends in {', '.join(TABLES)}")
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
     lines = content.split("\n")  # not splitlines: U+2028, U+0085 and others stand inside captions
@@ -292,21 +300,25 @@ def read_table(path: Path) -> tuple[list[dict[str, Any]], Path]:
         ], path.parent
     if kind == ".tsv" and "\t" not in lines[0] and "\t" in content:
         root, *rest = lines  # fairseq: the root, then path and frames
-        return [{"path": line.split("\t")[0]} for line in rest if line], path.parent / root
-    options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
+        return [{"path": line.split("\t")[0].strip("\r")} for line in rest if line], path.parent / root.strip(
+            "\r"
+        )
     csv.field_size_limit(LONGEST_FIELD)
-    reader = csv.DictReader(io.StringIO(content), strict=True, **options)
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     try:
-        rows = list(reader)
+        if kind == ".tsv":  # quotes and single carriage returns mean nothing
+            rows = [line.split("\t") for line in (line.removesuffix("\r") for line in lines) if line]
+        else:
+            rows = [row for row in reader if row]
     except csv.Error as error:
         raise ValueError(
-            f"{path} after line {reader.line_num}: {error}; close each quote, and write one inside a field twice"
+            f"{path}, line {reader.line_num}: {error}; close each quote, and write one inside a field twice"
         ) from error
-    names = reader.fieldnames or []
+    names, *rows = rows or [[]]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{path} has the column {', '.join(twice)} twice; it must be clear which is meant")
     for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
+        if len(row) != len(names):
             raise ValueError(
                 f"{path}: row {number} has more or fewer fields than the header; correct or remove it"
             )

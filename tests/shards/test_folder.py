@@ -106,8 +106,8 @@ def test_files_of_one_name_make_one_sample(tmp_path):
 
 
 def test_two_images_of_one_name_are_two_samples(tmp_path):
-    """Neither hides the other; a json of that name could belong to either, so it is left out and said."""
-    files = {"1.jpg": b"1", "1.png": b"2", "1.json": "{}", "2.JPG": b"3", "2.jpg": b"4"}
+    """Neither hides the other; a json of that name could belong to either, so it is left out and said, in order."""
+    files = {"1.jpg": b"1", "1.png": b"2", "1.cls": "3", "1.json": "{}", "2.JPG": b"3", "2.jpg": b"4"}
     samples = fold(write_tree(tmp_path / "src", files), tmp_path / "out")
     assert samples == {
         "1%2Ejpg": {"jpg": b"1"},
@@ -115,7 +115,7 @@ def test_two_images_of_one_name_are_two_samples(tmp_path):
         "2%2EJPG": {"jpg": b"3"},
         "2%2Ejpg": {"jpg": b"4"},
     }
-    assert list(skipped(tmp_path / "out")) == [str(tmp_path / "src/1.json")]
+    assert list(skipped(tmp_path / "out")) == [str(tmp_path / "src/1.cls"), str(tmp_path / "src/1.json")]
 
 
 def test_a_modality_can_be_chosen(tmp_path):
@@ -141,6 +141,7 @@ def test_whatever_cannot_be_read_is_listed_and_counted(tmp_path):
         tmp_path / "src", {"good.jpg": b"x", "empty.jpg": b"", ".hid.jpg": b"h", "x.xml": "x"}
     )
     (source / "dead.jpg").symlink_to("nowhere")
+    (source / "itself.jpg").symlink_to("itself.jpg")
     (source / "sub").mkdir()
     (source / "sub/loop").symlink_to(source)
     os.mkfifo(source / "pipe.jpg")
@@ -152,11 +153,12 @@ def test_whatever_cannot_be_read_is_listed_and_counted(tmp_path):
         ".hid.jpg": "is hidden",
         "x.xml": ".xml is of no known kind",
         "dead.jpg": "No such file or directory",
+        "itself.jpg": "Too many levels of symbolic links",
         "loop": "is a link to a folder above it",
         "pipe.jpg": "is no plain file",
     }
-    assert json.loads((tmp_path / "out/manifest.json").read_text())["skipped"] == 6
-    assert b"6 left out" in prepare("folder", source, "--out", tmp_path / "two")[1].encode()
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["skipped"] == 7
+    assert b"7 left out" in prepare("folder", source, "--out", tmp_path / "two")[1].encode()
 
 
 def test_names_that_are_no_utf8_and_names_that_are_too_long_are_taken(tmp_path):
@@ -198,7 +200,9 @@ def test_names_that_a_reader_of_tars_would_pass_over_are_written_so_that_it_does
     source = write_tree(tmp_path / "src", {"__a__/1.jpg": b"1", "b/__c__/2.jpg": b"2"})
     assert set(fold(source, tmp_path / "out")) == {"%5F_a__/1", "b/__c__/2"}
     assert len(Corpus.open(expand_shards(str(tmp_path / "out")), {"image": "jpg"})) == 2
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"key": k, "text": "a"}) + "\n" for k in ("a/", "/", 0)))
+    (tmp_path / "t.jsonl").write_text(
+        "".join(json.dumps({"key": k, "text": "a"}) + "\n" for k in ("a/", "/", 0))
+    )
     fold(tmp_path / "t.jsonl", tmp_path / "table")
     corpus = Corpus.open(expand_shards(str(tmp_path / "table")), {"text": "txt"})
     assert {corpus.key(i).partition(":")[2] for i in range(len(corpus))} == {"a%2F", "%2F", "0"}
@@ -266,9 +270,9 @@ def test_a_table_of_texts_needs_no_files(tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
 def test_a_row_ends_at_a_line_feed_and_nowhere_else(tmp_path, kind):
     """Captions of the web hold U+2028, U+0085 and form feeds, and may be long."""
-    texts = ["a\u2028b", "c\u0085d", "e\x0cf\x0bg\x1ch", "x" * 200_000]
+    texts = ["a\u2028b", "c\u0085d", "e\x0cf\x0bg\x1ch", "i\rj", "x" * 200_000]
     write = {
-        "csv": lambda: "text\n" + "\n".join(texts) + "\n",
+        "csv": lambda: "text\n" + "\n".join(f'"{text}"' for text in texts) + "\n",
         "tsv": lambda: "text\tn\n" + "\n".join(f"{text}\t1" for text in texts),
         "jsonl": lambda: "\n \n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts),
     }
@@ -308,7 +312,7 @@ def test_rows_without_their_file_and_rows_that_come_twice_are_listed(tmp_path):
         ("t.csv", "a,b\n1,2\n", "none says where files are"),
         ("t.csv", "path,b\n1.jpg\n", "row 2 has more or fewer fields"),
         ("t.csv", b"path\n\xff\xfe\n", "is not UTF-8"),
-        ("t.csv", 'path,text\n1.jpg,x\n2.jpg,"a"b\n', "after line 2: ',' expected after '\"'"),
+        ("t.csv", 'path,text\n1.jpg,x\n2.jpg,"a"b\n', "t.csv, line 3: ',' expected after '\"'"),
         ("t.csv", 'path,text\n1.jpg,"a\n', "unexpected end of data; close each quote"),
         ("t.csv", "path,text,text\n1.jpg,a,b\n", "has the column text twice"),
         ("t.csv", "path,text\n", "t.csv holds no row"),
