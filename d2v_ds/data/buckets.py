@@ -140,6 +140,14 @@ class Buckets:
         return np.cumsum(before, axis=1, dtype=np.uint32)
 
 
+def near_bucket(bucket: int, sizes: np.ndarray, further: int) -> int:
+    """The bucket that is so many further on, of those that hold something: shorter ones first, which fit the budget."""
+    filled = np.flatnonzero(sizes).tolist()
+    at = filled.index(bucket)
+    order = [*filled[at::-1], *filled[at + 1 :]]
+    return order[min(further, len(order) - 1)]
+
+
 def expected_extremes(values: np.ndarray, counts: np.ndarray, number: float) -> tuple[float, float]:
     """The means of the smallest and the largest of `number` values, drawn at random by their counts."""
     share = np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])

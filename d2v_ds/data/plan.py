@@ -16,9 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from d2v_ds.data.buckets import Buckets
+from d2v_ds.data.buckets import Buckets, near_bucket
 from d2v_ds.data.permutation import permute, seed_of, seeds_of_each
 from d2v_ds.data.windows import Windows
+
+NEAR = 10
+"""Attempts to replace a unit by one of its own bucket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +155,17 @@ class Plan:
     def replacement(self, draw: Draw, stream_name: str, attempt: int) -> Draw:
         """What stands in for a unit that cannot be used, at the given attempt; may be unusable itself.
 
-        It is of the same corpus and, where there are some, of the same window and of like length.
+        It is of the same corpus and, where there are some, of the same window and of like length, or after `NEAR`
+        attempts of a length next to it: a few samples may be all that there are of one.
         """
+        further = max(attempt - NEAR, 0)
         seed = seed_of(self.seed, "replacement", stream_name, draw.epoch, draw.unit, attempt)
         share = self.stream(stream_name).share_of(draw.unit)
         if share.windows:
-            return Draw(share.windows.replacement(self.seed, draw.epoch, draw.unit, seed), draw.epoch, seed)
+            unit = share.windows.replacement(self.seed, draw.epoch, draw.unit, seed, further)
+            return Draw(unit, draw.epoch, seed)
         if share.buckets:
-            bucket = share.buckets.bucket_of(draw.unit)
+            bucket = near_bucket(share.buckets.bucket_of(draw.unit), share.buckets.sizes, further)
             return Draw(share.buckets.unit(bucket, seed % int(share.buckets.sizes[bucket])), draw.epoch, seed)
         return Draw(unit=share.first + seed % share.size, epoch=draw.epoch, seed=seed)
 

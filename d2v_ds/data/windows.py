@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2v_ds.data.buckets import Buckets
+from d2v_ds.data.buckets import Buckets, near_bucket
 from d2v_ds.data.permutation import permute, seed_of
 
 _MAX_EPOCHS = 3
@@ -107,13 +107,13 @@ class Windows:
         key = seed_of(seed, "order", self.name, epoch, window, bucket)
         return self._units_of_bucket(cut, window, bucket, permute(ranks, size, key))
 
-    def replacement(self, seed: int, epoch: int, unit: int, number: int) -> int:
-        """A unit of the same window, and of like length; any number chooses one."""
+    def replacement(self, seed: int, epoch: int, unit: int, number: int, further: int = 0) -> int:
+        """A unit of the same window, and of like length or of a bucket `further` on; any number chooses one."""
         cut = self._epoch(seed, epoch)
         shard = int(self._unit_starts.searchsorted(unit, side="right")) - 1
         window = int(cut.starts.searchsorted(cut.turns[shard], side="right")) - 1
         if self._buckets:
-            bucket = self._buckets.bucket_of(unit)
+            bucket = near_bucket(self._buckets.bucket_of(unit), cut.sizes[window], further)
             rank = number % int(cut.sizes[window, bucket])
             return self._units_of_bucket(cut, window, bucket, np.array([rank]))[0]
         begin, end = int(cut.firsts[window]), int(cut.firsts[window + 1])

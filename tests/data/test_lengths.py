@@ -173,6 +173,18 @@ def test_a_replacement_is_of_like_length() -> None:
         assert len({draw.seed, *(o.seed for o in others)}) == 9 and len({o.unit for o in others}) > 3
 
 
+def test_the_only_sample_of_its_length_is_replaced_by_a_shorter_one_and_the_shortest_by_a_longer() -> None:
+    """Else one that is unreadable would end a run."""
+    lengths = lengths_of([np.array([100, 50, 50, 11, 11])])
+    buckets = Buckets(lengths, range(1), 100, 2, 100)
+    plan = Plan(1, [Stream("audio", 5, 2, 1, (Share("audio", 0, 5, 1, buckets),))])
+    draws = {d.unit: d for step in range(3) for d in plan.draws(step, "audio", 0)}
+    found = {plan.replacement(draws[0], "audio", attempt).unit for attempt in range(1, 12)}
+    assert found & {1, 2} and found <= {0, 1, 2}
+    found = {plan.replacement(draws[3], "audio", attempt).unit for attempt in range(1, 21)}
+    assert {3, 4} <= found and found & {0, 1, 2}
+
+
 def test_another_budget_or_other_lengths_have_another_fingerprint() -> None:
     columns = random_columns(high=40)
     first = Buckets(lengths_of(columns, 3), range(5), 80, 9, 29).fingerprint()

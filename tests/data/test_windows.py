@@ -108,6 +108,9 @@ def test_a_replacement_is_of_the_same_window(plan: Plan) -> None:
             found = {windows[shard] for shard in shards_of(share, [draw.unit, *others])}
             assert len(found) == 1
             assert not share.buckets or len({share.buckets.bucket_of(u) for u in [draw.unit, *others]}) == 1
+            further = [plan.replacement(draw, "audio", attempt).unit for attempt in range(11, 21)]
+            assert {windows[shard] for shard in shards_of(share, further)} == found
+            assert not share.buckets or len({share.buckets.bucket_of(u) for u in further}) > 1
 
 
 @pytest.fixture
