@@ -201,6 +201,32 @@ def test_a_picture_too_narrow_for_any_crop_gives_its_middle(size: tuple[int, int
     assert abs((begin + end) - long) <= 1
 
 
+@pytest.mark.parametrize("ratio", [(0.2, 0.3), (2.5, 3.0)])
+def test_a_crop_has_a_pixel_at_least(ratio: tuple[float, float]) -> None:
+    for size in ((1, 1), (1, 500), (500, 1), (2, 1000)):
+        left, upper, right, lower = crop_box(size, (0.2, 1.0), ratio, np.random.default_rng(0))
+        assert 0 <= left < right <= size[0] and 0 <= upper < lower <= size[1]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "message"),
+    [
+        ("image_tiny", "image.data.crop_ratio=[0, 1]", "two numbers above 0, the lower one first"),
+        ("image_tiny", "image.data.crop_scale=[0.5, 0.2]", "two numbers above 0, the lower one first"),
+        ("audio_tiny", "audio.data.max_seconds=0", "greater than 0"),
+        ("audio_tiny", "audio.data.min_seconds=inf", "finite"),
+    ],
+)
+def test_crops_that_cannot_be_are_refused_with_the_setting(recipe: str, setting: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{setting.partition('=')[0]}.*{message}"):
+        load_recipe(recipe, [f"modalities.{setting}"])
+
+
+def test_sounds_may_be_taken_whole() -> None:
+    recipe = load_recipe("audio_tiny", ["modalities.audio.data.max_seconds=inf"])
+    assert AudioSamples(recipe.modalities["audio"], Path()).longest == 3600 * RATE
+
+
 def test_the_scale_of_one_takes_the_whole_picture() -> None:
     """Whatever its aspect."""
     assert crop_box((90, 10), (1.0, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0)) == (0, 0, 90, 10)

@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from d2v_ds.data import Buckets, Corpus, Draw, Share, Volume
@@ -34,9 +34,9 @@ MAX_SECONDS = 3600  # a longer one, or a header that lies, would fill the memory
 class AudioData(StreamConfig):
     fields: str = "flac;wav;ogg;opus;mp3"
     """Extensions that hold the sound, best first."""
-    max_seconds: float = 20.0
+    max_seconds: PositiveFloat = 20.0
     """Longer sounds are cropped at random; then all of a micro-batch are cropped to its shortest."""
-    min_seconds: float = 2.0
+    min_seconds: float = Field(2.0, ge=0, allow_inf_nan=False)
     """Shorter sounds are left out."""
     batch_seconds: PositiveFloat | None = None
     """A micro-batch holds sounds of like length, as many as number x longest <= this, and at most `batch`. None:
@@ -72,7 +72,7 @@ class AudioSamples:
 
     @property
     def longest(self) -> int:
-        return int(self.config.data.max_seconds * RATE)
+        return int(min(self.config.data.max_seconds, MAX_SECONDS) * RATE)
 
     def buckets(self, corpus: Corpus, shards: range) -> Buckets | None:
         data = self.config.data

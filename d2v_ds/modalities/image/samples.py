@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, UnidentifiedImageError
-from pydantic import Field, NonNegativeFloat, model_validator
+from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from d2v_ds.data import Corpus, Draw, Share, Volume
 from d2v_ds.modalities.image import tuning
@@ -64,6 +64,13 @@ class ImageData(StreamConfig):
     """Of a trained model's input: the side of the middle square that is seen, of the shorter side; ImageNet: 0.875."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @field_validator("crop_scale", "crop_ratio")
+    @classmethod
+    def ascend(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] < math.inf:
+            raise ValueError("must be two numbers above 0, the lower one first")
+        return value
 
     @model_validator(mode="after")
     def can_mix(self) -> ImageData:
@@ -234,7 +241,7 @@ def crop_box(
             left, upper = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
             return (left, upper, left + w, upper + h)
     w, h = (
-        min(width, round(height * ratio[1])),
-        min(height, round(width / ratio[0])),
+        min(width, max(1, round(height * ratio[1]))),
+        min(height, max(1, round(width / ratio[0]))),
     )  # centre, nearest aspect
     return ((width - w) // 2, (height - h) // 2, (width - w) // 2 + w, (height - h) // 2 + h)
