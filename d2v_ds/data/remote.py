@@ -37,6 +37,8 @@ CLIENTS = {
 PIECE, SMALLEST_PIECE = 8 << 20, 64 << 10
 """Bytes of a request; after a failure half of it."""
 CONNECT_SECONDS, SILENT_SECONDS = 20, 30
+UNRANGED = 128 << 20
+"""Bytes that are taken of an answer by a server without ranges, which begins anew each time."""
 """Without an answer, without a byte: then the connection is given up and opened again."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds before trying again; each wait is twice the one before."""
@@ -184,7 +186,7 @@ def read_range(client: Any, path: str, start: int, size: int, wanted: list[int])
     end = min(start + wanted[0], size)
     wanted[0] = max(wanted[0] // 2, SMALLEST_PIECE)
     if is_http(client):
-        content = read_http(client, path, start, end)
+        content = read_http(client, path, start, end, min(start + UNRANGED, size))
     else:
         options = {"cache_type": "none"} if is_hub(client) else {}
         content = client.cat_file(path, start=start, end=end, **options)
@@ -195,21 +197,21 @@ def read_range(client: Any, path: str, start: int, size: int, wanted: list[int])
     return content
 
 
-def read_http(client: Any, url: str, start: int, end: int) -> bytes:
+def read_http(client: Any, url: str, start: int, end: int, most: int) -> bytes:
     """What arrives of a range before the connection ends, however it ends, if it is anything."""
     from fsspec.asyn import sync
 
     arrived = bytearray()
     try:
-        sync(client.loop, receive, client, url, start, end, arrived)
+        sync(client.loop, receive, client, url, start, end, most, arrived)
     except Exception:
         if not arrived:
             raise
     return bytes(arrived)
 
 
-async def receive(client: Any, url: str, start: int, end: int, arrived: bytearray) -> None:
-    """Adds the range to `arrived`; a server may give the whole file, or all that follows."""
+async def receive(client: Any, url: str, start: int, end: int, most: int, arrived: bytearray) -> None:
+    """Adds the range to `arrived`; of a server that gives the whole file, what there is up to `most`."""
     session = await client.set_session()
     options = dict(client.kwargs)
     headers = {
@@ -226,6 +228,7 @@ async def receive(client: Any, url: str, start: int, end: int, arrived: bytearra
         async for piece in response.content.iter_any():
             arrived += piece[skip:]
             skip = max(skip - len(piece), 0)
+        end = most if response.status == 200 else end
             if len(arrived) >= end - start:
                 break
     del arrived[end - start :]

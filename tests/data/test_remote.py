@@ -202,6 +202,16 @@ def test_ahead_of_the_plan(local, site, tmp_path):
 
 
 # ---- the index ----
+def test_a_server_without_ranges_is_asked_for_a_shard_once(site, tmp_path, monkeypatch):
+    """It begins anew each time."""
+    monkeypatch.setattr(remotes, "PIECE", 1024)
+    site.ranges = False
+    name, content = next(iter(site.files.items()))
+    with serve(site) as url, acquire(RemoteShard(f"{url}/{name}", settings_of(tmp_path))) as file:
+        assert os.pread(file.fileno(), 1 << 20, 0) == content
+    assert site.asked == [name]
+
+
 
 
 def test_a_published_index_is_taken_and_tars_wait_until_they_are_read(local, site, tmp_path):
