@@ -6,6 +6,7 @@ missing of a range is asked for again.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import re
@@ -44,6 +45,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds before trying again; each wait is twice the one before."""
 PASSING = {408, 425, 429, 500, 502, 503, 504}
 """HTTP answers that another try may not give."""
+SECONDS_UNTOLD = 5.0
+"""Of trying again before it is said."""
 
 
 class Remote(Config):
@@ -268,7 +271,7 @@ def is_hub(client: Any) -> bool:
 
 def patiently(action: Callable[[], Any], url: str) -> Any:
     """What the action gives, tried again until `retry_minutes` have passed; RemoteError then, Missing at once."""
-    began, wait = time.monotonic(), FIRST_WAIT
+    began, wait, is_told = time.monotonic(), FIRST_WAIT, False
     patience = 60 * settings().retry_minutes
     while True:
         try:
@@ -288,6 +291,9 @@ def patiently(action: Callable[[], Any], url: str) -> Any:
         wait = min(2 * wait, LONGEST_WAIT)
 
 
+            if not is_told and time.monotonic() - began > SECONDS_UNTOLD:
+                is_told = True
+                log.warning("%s: %s; tried again for up to %g minutes", url, reason, settings().retry_minutes)
 def is_final(error: Exception) -> bool:
     """Whether no other try will change it: it is not there, not allowed, or no such thing can be asked."""
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
