@@ -58,7 +58,7 @@ class RemoteShard:
 
     @property
     def limit(self) -> int:
-        return int(self.settings.cache_gib * (1 << 30))
+        return int(min(self.settings.cache_gib, 1 << 30) * (1 << 30))  # it may be infinite
 
     @property
     def id(self) -> str:
@@ -82,9 +82,15 @@ class RemoteShard:
         return self.folder / self.name
 
     def make_folder(self) -> None:
-        if not (self.folder / "url").is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "url").write_text(self.url + "\n")
+        try:
+            if not (self.folder / "url").is_file():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "url").write_text(self.url + "\n")
+        except OSError as error:
+            raise RemoteError(
+                f"the cache {self.root} cannot be written: {error.strerror}; set remote.cache (--cache) to a folder "
+                "on a disk of this machine that can be"
+            ) from error
 
 
 def acquire(
@@ -141,7 +147,7 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def fetch_beside(shard: RemoteShard, name: str, limit: int = 1 << 30) -> bytes | None:
+def fetch_beside(shard: RemoteShard, name: str) -> bytes | None:
     """`<url>.<name>`, if it is published; sidecars are kept and do not count."""
     if shard.url.startswith("pipe:") or urlsplit(shard.url).query:
         return None

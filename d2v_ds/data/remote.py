@@ -41,6 +41,8 @@ CONNECT_SECONDS, SILENT_SECONDS = 20, 30
 UNRANGED = 128 << 20
 """Bytes that are taken of an answer by a server without ranges, which begins anew each time."""
 """Without an answer, without a byte: then the connection is given up and opened again."""
+LONGEST_SILENCE = 1e9
+"""Of a command, where `retry_minutes` is infinite: what `select` takes."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds before trying again; each wait is twice the one before."""
 PASSING = {408, 425, 429, 500, 502, 503, 504}
@@ -317,7 +319,7 @@ def describe(error: Exception) -> str:
 
 def command_output(command: str) -> Iterator[bytes]:
     """What a shell command writes; RemoteError if it fails, or is silent for `retry_minutes`."""
-    silent = 60 * settings().retry_minutes
+    silent, piece = min(60 * settings().retry_minutes, LONGEST_SILENCE), bytearray()
     with tempfile.TemporaryFile() as told:
         process = subprocess.Popen(
             ["bash", "-o", "pipefail", "-c", command],

@@ -101,7 +101,9 @@ def _parts(source: Source) -> list[_Part]:
 def _choose(parts: list[_Part]) -> dict[str, int]:
     """share -> bytes of its windows: what was asked for, and half of its part of the cache for those on "auto"."""
     asked = {
-        p.share.name: int(p.source.window * (1 << 30)) for p in parts if not isinstance(p.source.window, str)
+        p.share.name: int(min(p.source.window, 1 << 30) * (1 << 30))  # it may be infinite
+        for p in parts
+        if not isinstance(p.source.window, str)
     }
     limits = {p.share.name: asked[p.share.name] for p in parts if asked.get(p.share.name, p.total) < p.total}
     remote = [part for part in parts if part.is_remote]

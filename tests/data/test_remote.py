@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -330,6 +331,23 @@ def test_a_shard_above_the_limit_is_told_with_numbers(site, tmp_path):
         open_corpus(f"{url}/train-000000.tar", settings_of(tmp_path, cache_gib=gib(5000)))
 
 
+def test_a_cache_that_cannot_be_written_is_told_with_its_remedy(site, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with (
+        serve(site) as url,
+        pytest.raises(RemoteError, match=r"cache .* cannot be written: .* set remote.cache"),
+    ):
+        open_corpus(f"{url}/train-000000.tar", settings_of(tmp_path))
+
+
+def test_a_server_that_is_tried_again_is_said_once(site, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(remotes, "SECONDS_UNTOLD", 0.0)
+    site.errors = 4
+    with serve(site) as url, caplog.at_level(logging.WARNING):
+        open_corpus(f"{url}/train-000000.tar", settings_of(tmp_path))
+    assert caplog.text.count("503") == 1 and "tried again for up to 0.2 minutes" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
@@ -358,6 +376,19 @@ def test_a_command_gives_shards_where_it_is_allowed(local, tmp_path):
     settings = settings_of(tmp_path, pipe=True)
     corpus = open_corpus(f"pipe:cat {local[0].parent}/{NAMES}", settings)
     assert batches(corpus) == local_batches(local) and corpus.indexes[2].path.name == "train-000002.tar"
+
+
+def test_room_is_made_for_large_pieces_of_what_a_command_writes(tmp_path, monkeypatch):
+    """Each time the cache is added up."""
+    monkeypatch.setattr(remotes, "PIECE", 1 << 20)
+    with reading(settings_of(tmp_path, pipe=True)):
+        sizes = [len(piece) for piece in remotes.command_output("head -c 2500000 /dev/zero")]
+    assert sum(sizes) == 2_500_000 and len(sizes) == 3
+
+
+def test_settings_may_be_infinite(local, tmp_path):
+    forever = settings_of(tmp_path, pipe=True, cache_gib=math.inf, retry_minutes=math.inf)
+    assert len(open_corpus(f"pipe:cat {local[0]}", forever)) == SAMPLES
 
 
 @pytest.mark.parametrize(
