@@ -37,18 +37,20 @@ CLIENTS = {
 }
 PIECE, SMALLEST_PIECE = 8 << 20, 64 << 10
 """Bytes of a request; after a failure half of it."""
-CONNECT_SECONDS, SILENT_SECONDS = 20, 30
 UNRANGED = 128 << 20
 """Bytes that are taken of an answer by a server without ranges, which begins anew each time."""
+CONNECT_SECONDS, SILENT_SECONDS = 20, 30
 """Without an answer, without a byte: then the connection is given up and opened again."""
 LONGEST_SILENCE = 1e9
 """Of a command, where `retry_minutes` is infinite: what `select` takes."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds before trying again; each wait is twice the one before."""
-PASSING = {408, 425, 429, 500, 502, 503, 504}
-"""HTTP answers that another try may not give."""
 SECONDS_UNTOLD = 5.0
 """Of trying again before it is said."""
+PASSING = {408, 425, 429, 500, 502, 503, 504}
+"""HTTP answers that another try may not give."""
+
+log = logging.getLogger(__name__)
 
 
 class Remote(Config):
@@ -226,6 +228,7 @@ async def receive(client: Any, url: str, start: int, end: int, most: int, arrive
     }
     async with session.get(client.encode_url(url), headers=headers, **options) as response:
         client._raise_not_found_for_status(response, url)
+        end = most if response.status == 200 else end
         told = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
         skip = start - (int(told[1]) if told else 0)
         if skip < 0:
@@ -233,7 +236,6 @@ async def receive(client: Any, url: str, start: int, end: int, most: int, arrive
         async for piece in response.content.iter_any():
             arrived += piece[skip:]
             skip = max(skip - len(piece), 0)
-        end = most if response.status == 200 else end
             if len(arrived) >= end - start:
                 break
     del arrived[end - start :]
@@ -289,13 +291,13 @@ def patiently(action: Callable[[], Any], url: str) -> Any:
                     f"{url} cannot be read, tried for {time.monotonic() - began:.0f} s, at last: {reason}. What is "
                     "fetched is kept, and the same command goes on; remote.retry_minutes says how long is tried"
                 ) from error
+            if not is_told and time.monotonic() - began > SECONDS_UNTOLD:
+                is_told = True
+                log.warning("%s: %s; tried again for up to %g minutes", url, reason, settings().retry_minutes)
         time.sleep(wait * random.SystemRandom().uniform(0.5, 1))
         wait = min(2 * wait, LONGEST_WAIT)
 
 
-            if not is_told and time.monotonic() - began > SECONDS_UNTOLD:
-                is_told = True
-                log.warning("%s: %s; tried again for up to %g minutes", url, reason, settings().retry_minutes)
 def is_final(error: Exception) -> bool:
     """Whether no other try will change it: it is not there, not allowed, or no such thing can be asked."""
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
@@ -332,13 +334,18 @@ def command_output(command: str) -> Iterator[bytes]:
             while True:
                 if not select.select([process.stdout], [], [], silent)[0]:
                     raise RemoteError(f"pipe:{command} wrote nothing for {silent:.0f} s")
-                piece = os.read(process.stdout.fileno(), PIECE)
-                if not piece:
+                arrived = os.read(
+                    process.stdout.fileno(), PIECE
+                )  # a pipe holds 64 kB, and room is made for each piece
+                piece += arrived
+                if piece and (not arrived or len(piece) >= PIECE):
+                    yield bytes(piece)
+                    piece.clear()
+                if not arrived:
                     break
-                yield piece
             if process.wait():
                 told.seek(0)
-                last = told.read()[-300:].decode(errors="replace").strip()
+                last = " ".join(told.read()[-300:].decode(errors="replace").split())
                 raise RemoteError(f"pipe:{command} ended with exit code {process.returncode}: {last}")
         finally:
             if process.poll() is None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import threading
@@ -230,11 +231,11 @@ def is_lost_rank(error: BaseException) -> bool:
 
 
 def without_traceback(error: Exception) -> str:
-    """The message; of a data worker's error, which comes with the worker's traceback, the last line."""
+    """The message; of a data worker's error, which comes with the worker's traceback, what stands after it."""
     text = str(error)
     if "Original Traceback" not in text:
         return text
-    return text.strip().splitlines()[-1].partition(f"{type(error).__name__}: ")[2]
+    return re.split(rf"(?m)^(?:\w+\.)*{type(error).__name__}: ", text)[-1].strip()
 
 
 def train_recipe(recipe: Recipe, deepspeed: str | None, given: Sequence[str] = ()) -> Path:

@@ -202,7 +202,6 @@ def test_ahead_of_the_plan(local, site, tmp_path):
     assert len(site.asked) == SHARDS  # once each, by whoever came first
 
 
-# ---- the index ----
 def test_a_server_without_ranges_is_asked_for_a_shard_once(site, tmp_path, monkeypatch):
     """It begins anew each time."""
     monkeypatch.setattr(remotes, "PIECE", 1024)
@@ -213,6 +212,7 @@ def test_a_server_without_ranges_is_asked_for_a_shard_once(site, tmp_path, monke
     assert site.asked == [name]
 
 
+# ---- the index ----
 
 
 def test_a_published_index_is_taken_and_tars_wait_until_they_are_read(local, site, tmp_path):
@@ -394,13 +394,13 @@ def test_settings_may_be_infinite(local, tmp_path):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("echo broken >&2; exit 3", "ended with exit code 3: broken"),
+        ("echo broken >&2; echo twice >&2; exit 3", "ended with exit code 3: broken twice"),
         ("false | cat", "ended with exit code 1"),
     ],
 )
 def test_a_command_that_fails_is_named(tmp_path, command, message):
     with pytest.raises(RemoteError, match=message):
-        open_corpus(f"pipe:{command}", settings_of(tmp_path, pipe=True, retry_minutes=0.01))
+        open_corpus(f"pipe:{command}", settings_of(tmp_path, pipe=True))
 
 
 def test_a_command_that_ends_too_early_is_a_truncated_shard(local, tmp_path):

@@ -14,8 +14,10 @@ from ranks import SAMPLE
 from runs import MODALITIES, STEPS, TINY, Command, python, read_rows, start, start_all
 
 from d2v_ds.data import Plan, StepLoader
+from d2v_ds.data.remote import RemoteError
 from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import load_recipe
+from d2v_ds.training.run import without_traceback
 
 NUM_SAMPLES = 29
 Change = Callable[[int, bytes], bytes]
@@ -264,6 +266,14 @@ def test_nothing_but_unreadable_samples_is_one_line_from_a_data_worker_too(resul
     assert result["code"] == 1 and "Traceback" not in result["err"]
     (line,) = [line for line in result["err"].splitlines() if line.startswith("error")]
     assert line.startswith("error: image: multimodal-train-000000.tar:train-") and "verify the shards" in line
+
+
+def test_all_lines_of_a_message_come_from_a_data_worker():
+    worker = (
+        "Caught RemoteError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+    )
+    error = RemoteError(f'{worker}  File "a.py"\nd2v_ds.data.remote.RemoteError: it said: one\ntwo\n')
+    assert without_traceback(error) == "it said: one\ntwo"
 
 
 def test_gradients_that_stay_infinite_stop_the_run_with_a_remedy(results):
