@@ -143,7 +143,7 @@ def fetch(remote: Remote, folder: Path, records: Path, traffic: Traffic | None =
 
 def download(remote: Remote, part: Path, traffic: Traffic, turn: int = 0) -> None:
     """Fills `part` to its end, from where it ends now; begins with the mirror at `turn`."""
-    failures, mirror, refused = 0, turn, {}
+    failures, restarts, mirror, refused = 0, 0, turn, {}
     while True:
         url = remote.urls[mirror % len(remote.urls)]
         size = size_of(part)
@@ -161,9 +161,13 @@ def download(remote: Remote, part: Path, traffic: Traffic, turn: int = 0) -> Non
             if isinstance(error, OSError) and error.filename is not None or traffic.stop.is_set():
                 raise  # the disk's, not the connection's
             failures = 0 if size_of(part) > size else failures + 1
-            if failures >= FAILURES:
+            restarts += size_of(part) < size
+            if max(failures, restarts) >= FAILURES:
+                why = f"{failures} tries in a row brought nothing"
+                if restarts >= FAILURES:
+                    why = f"it had to be begun again {restarts} times"
                 raise ValueError(
-                    f"{remote.name} cannot be downloaded: {failures} tries in a row brought nothing, at last {url}: "
+                    f"{remote.name} cannot be downloaded: {why}, at last {url}: "
                     f"{error}. What arrived is kept, and the same command goes on"
                 ) from error
             if failures:
@@ -198,7 +202,9 @@ def receive(url: str, part: Path, traffic: Traffic) -> None:
         is_rest = answer.status == 206
         if is_rest and range_start(answer.headers) != start:
             raise Again(f"asked for bytes from {start}, got {answer.headers.get('Content-Range')}")
-        total = total_of(answer.headers) if is_rest else length_of(answer.headers)
+        total = length = length_of(answer.headers)
+        if is_rest:  # "bytes 5-9/*" says no total
+            total = total_of(answer.headers) or (start + length if length is not None else None)
         if is_rest and state.get("size") not in (None, total):
             part.unlink()
             raise Again(f"has {total} bytes now, had {state['size']}; beginning again")

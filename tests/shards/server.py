@@ -22,6 +22,8 @@ class Manners:
     """How often that is done"""
     ranges: bool = True
     etag: bool = True
+    total: str | None = None
+    """What `Content-Range` says of the length"""
     errors: list[int] = field(default_factory=list)
     """HTTP codes for the first requests"""
     seconds_per_piece: float = 0.0
@@ -69,7 +71,9 @@ def serve(manners: Manners) -> Iterator[str]:
                 return
             self.send_response(206 if start else 200)
             if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                self.send_header(
+                    "Content-Range", f"bytes {start}-{len(content) - 1}/{manners.total or len(content)}"
+                )
             if manners.etag:
                 self.send_header("ETag", etag)
             self.send_header("Content-Length", str(len(content) - start))

@@ -46,6 +46,19 @@ def test_a_server_without_ranges_is_asked_for_all_again(tmp_path):
     assert len(manners.asked) == 4
 
 
+def test_a_server_that_does_not_say_the_whole_length_is_gone_on_with(tmp_path):
+    manners = Manners({"x/a.bin": CONTENT}, drop_after=100_000, total="*")
+    with serve(manners) as address:
+        assert get(address, tmp_path, None) == CONTENT
+    assert len(manners.asked) == 4
+
+
+def test_a_server_that_says_another_length_each_time_is_given_up(tmp_path):
+    manners = Manners({"x/a.bin": CONTENT}, drop_after=100_000, total="300000")
+    with serve(manners) as address, pytest.raises(ValueError, match="had to be begun again 8 times, at last"):
+        get(address, tmp_path)
+
+
 def test_what_arrived_before_a_kill_is_kept(tmp_path):
     """kill -9 in the middle; the next process asks for the rest alone."""
     manners = Manners({"x/a.bin": CONTENT}, seconds_per_piece=0.02)
