@@ -322,7 +322,7 @@ def read_table(path: Path) -> tuple[list[dict[str, Any]], Path]:
             raise ValueError(
                 f"{path}: row {number} has more or fewer fields than the header; correct or remove it"
             )
-    return rows, path.parent
+    return [dict(zip(names, row, strict=True)) for row in rows], path.parent
 
 
 def as_text(value: Any, where: str) -> str:

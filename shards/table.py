@@ -136,7 +136,7 @@ def find_classes(path: Path, column: str, names: list[str] | None) -> list[str]:
             f"{path} has one class alone in {column!r} ({', '.join(seen)}); two or more are needed"
         )
     if all(is_whole(name) for name in seen):
-        largest = max(seen, key=lambda name: (len(name), name))
+        largest = max((name.lstrip("0") for name in seen), key=lambda digits: (len(digits), digits))
         if len(largest) > len(str(MOST_CLASSES)) or int(largest) >= MOST_CLASSES:
             raise ValueError(
                 f"{path} has the class {largest[:40]} in {column!r}, and classes count from 0 to at most "
