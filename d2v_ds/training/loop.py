@@ -62,6 +62,7 @@ def run_steps(run: Run) -> None:
     skips, clock = Skips(run), run.clock
     clock.start(run.step)
     for micro_batches in run.signals.until_asked(steps_of(run)):
+        loader = run.loader
         clock.got_data()
         report = Report(run.step == run.first_step or is_due(run.step + 1, train.log_every, train.steps))
         is_applied = train_step(run, micro_batches, report)
@@ -72,8 +73,13 @@ def run_steps(run: Run) -> None:
         record_faults(run, micro_batches)
         if report.is_wanted:
             write_log(run, report, clock)
-        skips.observe(is_applied, micro_batches, report.each)
-        if run.probes.is_due(run.step) and run.step != run.saved:  # not again after going back to it
+        if run.loader is loader:
+            skips.observe(is_applied, micro_batches, report.each)
+        if run.loader is not loader:  # it went back: what is due at that step was done then
+            skips = Skips(run)
+            clock.start(run.step)
+            continue
+        if run.probes.is_due(run.step):
             run.probes.measure(run)
         if run.examiner.is_due(run.step):
             run.examiner.score(run)

@@ -78,7 +78,6 @@ class Skips:
             f"{run.folder / FILE} names their samples"
         )
         if run.recipe.health.on_collapse == "rollback":
-            self.in_a_row = 0
             roll_back(run, reason)
             return
         run.saver.finish()

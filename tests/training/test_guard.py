@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from ranks import SAMPLE
-from runs import python, read_rows, start, torchrun, without_timings
+from runs import TINY, python, read_rows, start, torchrun, without_timings
 
 from d2v_ds.recipe import Health, load_recipe
 from d2v_ds.training.guard import Collapsed, check_variances
@@ -151,6 +151,20 @@ def test_a_run_goes_back_and_on_more_slowly(stage: int, tmp_path: Path) -> None:
         assert rows == sorted(4 * [*range(5, 61, 5)])
     events = [row for row in read_rows(out, "verdicts.jsonl") if "rollback" in row]
     assert len(events) == 1 and events[0]["step"] == back["from"]
+
+
+@pytest.mark.slow
+def test_a_step_goes_back_once_and_ends_what_was_skipped_in_a_row(tmp_path: Path) -> None:
+    """The second look that is not finite is also the second step that is skipped."""
+    out = tmp_path / "run"
+    settings = ["modalities.audio=null", "modalities.text=null", "optim.lr=1e30", "optim.warmup_steps=0"]
+    settings += ["train.save_every=1", "train.skip_limit=2", "health.on_collapse=rollback", f"out={out}"]
+    done = start(
+        python("train.py", "--deepspeed", "zero0", *TINY, *settings, "health.max_rollbacks=2"), code=3
+    )
+    assert "It went back 2 times" in done.stderr and "ends at step 3" in done.stderr
+    events = [row["step"] for row in read_rows(out, "verdicts.jsonl") if "rollback" in row]
+    assert events == [3, 3]
 
 
 @pytest.mark.slow
