@@ -76,6 +76,17 @@ def test_a_student_that_collapses_is_named_under_healthy_targets(state: str) -> 
     assert finding.verdict == STATES[state] and "encoder" in finding.because
 
 
+def test_rounding_of_bf16_does_not_hide_a_constant_student() -> None:
+    """Equal tokens that came out up to one step of bf16 apart: full rank, and all content."""
+    batch, output = micro_batch("healthy")
+    mean_D = torch.randn(DIM, generator=torch.Generator().manual_seed(0))
+    noise_NKD = torch.randn(output.observed.hidden_NKD.shape, generator=torch.Generator().manual_seed(1))
+    hidden_NKD = (mean_D * (1 + 2**-9 * noise_NKD)).bfloat16()
+    values = measure((batch, output._replace(observed=output.observed._replace(hidden_NKD=hidden_NKD))))
+    assert values["encoder_token_spread"] > 1e-3 and values["encoder_rank"] > 8
+    assert values["encoder_content"] > 0.5 and judge(values).verdict == "constant"
+
+
 def test_few_tokens_have_no_rank_and_are_not_called_low_rank() -> None:
     batch, output = micro_batch("healthy", samples=1)
     kept = slice(None), slice(4)
