@@ -207,14 +207,21 @@ def generator(draw: Draw, purpose: str) -> np.random.Generator:
 
 def draw_views(draws: list[Draw], lengths: list[int], config: Any) -> dict[str, Tensor | None]:
     """The masks and index lists of a batch as `Batch` takes them: M masks of every sample, each from its own draw,
-    for samples of T_i tokens, padded to the longest."""
+    for samples of T_i tokens, padded to the longest. ValueError if none of them hides or shows a token."""
     masks = [
         draw_mask(generator(draw, "mask"), config.clones, tokens, config.mask)
         for draw, tokens in zip(draws, lengths, strict=True)
     ]
+    longest = max(lengths)
+    hidden = max(int(mask.sum(axis=1).max()) for mask in masks)
+    shown = max(int((~mask).sum(axis=1).max()) for mask in masks)
+    if not hidden or not shown:
+        raise ValueError(
+            f"modalities.{config.kind}.mask.ratio={config.mask.ratio:g} hides {hidden} of {longest} tokens; one or "
+            f"more must be hidden, and one or more seen: {'lower' if hidden else 'raise'} it, or give longer samples"
+        )
     if config.view == "visible":
         return make_views(torch.from_numpy(pad_masks(masks)))
-    longest = max(lengths)
     stacked = np.concatenate([np.pad(mask, ((0, 0), (0, longest - mask.shape[1]))) for mask in masks])
     if config.mask.kind == "span":
         stacked = fewest(stacked, generator(draws[0], "fewest"))

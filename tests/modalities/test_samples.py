@@ -23,7 +23,7 @@ from d2v_ds.modalities import inputs
 from d2v_ds.modalities.audio.samples import RATE, AudioSamples, crop, decode_sound, normalise, num_frames
 from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.image.samples import MAX_PIXELS, ImageSamples, crop_box, decode_image
-from d2v_ds.modalities.source import generator, open_source, shard_pattern
+from d2v_ds.modalities.source import draw_views, generator, open_source, shard_pattern
 from d2v_ds.modalities.text.samples import BOS, EOS, PAD, TextSamples
 from d2v_ds.recipe import load_recipe
 
@@ -723,3 +723,19 @@ def test_lengths_of_other_members_are_measured_anew(folder: Path) -> None:
     other = open_text(folder, "data.mode=samples", "data.fields=txt;json.text;text")
     assert first.samples.measure_name in other.samples.measure_name != first.samples.measure_name
     assert other.corpus.lengths.all().tolist() == first.corpus.lengths.all().tolist()
+
+
+@pytest.mark.parametrize(
+    ("modality", "ratio", "tokens", "said"),
+    [
+        ("image", 0.95, 16, "hides 16 of 16 tokens; .* lower it"),
+        ("audio", 0.01, 34, "hides 0 of 34 tokens; .* raise it"),
+        ("text", 0.99, 64, "hides 64 of 64 tokens; .* lower it"),
+    ],
+)
+def test_a_mask_that_hides_all_or_nothing_is_an_error(
+    modality: str, ratio: float, tokens: int, said: str
+) -> None:
+    config = config_of(modality, f"mask.ratio={ratio}", "mask.adjust=0")
+    with pytest.raises(ValueError, match=f"modalities.{modality}.mask.ratio={ratio} {said}"):
+        draw_views(draws_of(1, 2), [tokens] * 2, config)
