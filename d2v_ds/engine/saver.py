@@ -18,7 +18,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -61,7 +61,7 @@ class Pending:
     parameters: dict[str, Any]
     temporary: Path
     began: float
-    spared: Callable[[], Path | None] | None
+    spared: Callable[[], Collection[Path]]
     paused: float = 0.0
     """Seconds that this rank's training stood still for it."""
     stage: Literal["write", "commit"] = "write"
@@ -105,9 +105,9 @@ class Saver:
         if self.rank == 0:
             remove_leftovers(run)
 
-    def begin(self, step: int, loop: dict[str, Any], spared: Callable[[], Path | None] | None = None) -> None:
+    def begin(self, step: int, loop: dict[str, Any], spared: Callable[[], Collection[Path]] = tuple) -> None:
         """Takes the state after `step` steps and begins to write it; `finish`es the save before it, if it must.
-        `spared` gives an older checkpoint that stays, once this one is there.
+        `spared` gives older checkpoints that stay, once this one is there.
 
         Raises SaveFailed on all ranks if that one was one too many that failed; `sync`, this one too.
         """
@@ -246,7 +246,7 @@ class Saver:
         write_manifest(pending.temporary, manifest)
         commit(pending.temporary, self.run / folder_name(pending.step))
         try:
-            prune(self.run, self.keep, self.keep_every, None if pending.spared is None else pending.spared())
+            prune(self.run, self.keep, self.keep_every, pending.spared())
         except OSError as error:  # the new one is committed all the same
             tell(sys.stderr, f"warning: an old checkpoint could not be deleted: {error}")
         return {"bytes": sum(file["bytes"] for file in files)}
@@ -307,10 +307,10 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def prune(run: Path, keep: int, keep_every: int, spared: Path | None = None) -> None:
-    """Deletes all checkpoints but the last `keep`, those at multiples of `keep_every` steps, and the one `spared`."""
+def prune(run: Path, keep: int, keep_every: int, spared: Collection[Path] = ()) -> None:
+    """Deletes all checkpoints but the last `keep`, those at multiples of `keep_every` steps, and those `spared`."""
     for old in checkpoints(run)[max(keep, 1) :]:
-        if old != spared and not is_kept(old, keep_every):
+        if old not in spared and not is_kept(old, keep_every):
             delete(old)
 
 

@@ -102,14 +102,18 @@ class Examiner:
         found = measure(self.recipe.task.metrics, logits_NC, truth_N)
         return found | {"unreadable": bad_count}
 
-    def spared(self, run: Path) -> Callable[[], Path] | None:
-        """The checkpoint that is kept besides the last ones."""
-        if self.best is None:
-            return None
-        best, before = (
-            None if row is None else run / folder_name(row["step"]) for row in (self.best, self.before)
-        )
-        return lambda: best if best.is_dir() else before
+    def spared(self, run: Path) -> Callable[[], Path | None]:
+        """The checkpoint that is kept besides the last ones: the best, or the one before it if it was not saved."""
+        rows = [row for row in (self.best, self.before) if row]
+        folders = [run / folder_name(row["step"]) for row in rows]
+        return lambda: next((folder for folder in folders if folder.is_dir()), None)
+
+    def go_back(self, run: Run, best: dict[str, Any] | None) -> None:
+        """To what was best when a checkpoint was saved, if that is still there; all ranks call it."""
+        self.best = best if best and (run.folder / folder_name(best["step"])).is_dir() else None
+        self.before = None
+        if run.rank == 0:
+            write_best(run.folder, self.best)
 
 
 class Share:
@@ -203,12 +207,15 @@ def flatten(found: dict[str, dict[str, float]]) -> dict[str, float]:
     }
 
 
-def write_best(folder: Path, best: dict[str, Any]) -> None:
-    """best.json: the step, and its numbers; whole or as it was."""
-    temporary = folder / ".tmp-best.json"
+def write_best(folder: Path, best: dict[str, Any] | None) -> None:
+    """best.json: the step, and its numbers, whole or as it was; none where nothing is best."""
+    path, temporary = folder / "best.json", folder / ".tmp-best.json"
     try:
         temporary.unlink(missing_ok=True)
+        if best is None:
+            path.unlink(missing_ok=True)
+            return
         write_bytes(temporary, json.dumps(best, indent=1).encode())
-        temporary.replace(folder / "best.json")
+        temporary.replace(path)
     except OSError as error:  # a full disk: the next score tries again
         warn("best.json", error)

@@ -116,6 +116,7 @@ def roll_back(run: Run, reason: str) -> None:
     run.step, run.applied = saved.loop["step"], saved.loop["applied_steps"]
     checkpoints.load(run.engine, run.ema, saved, run.applied)
     run.engine.zero_grad()
+    run.examiner.go_back(run, saved.loop.get("best"))
     run.watch = Watch(settings.patience)
     run.watch.is_firm = True
     if run.log:

@@ -131,12 +131,16 @@ class Run:
         self.saver.begin(self.step, loop, self.spared())
         self.signals.phase, self.saved = "running", self.step
 
-    def spared(self) -> Callable[[], Path | None] | None:
-        """The older checkpoint that stays besides the last ones: the best, or what a rollback would go back to."""
-        if self.recipe.task or self.recipe.health.on_collapse != "rollback":
-            return self.examiner.spared(self.folder)
-        step = self.step
-        return lambda: newest_healthy(self.folder, step)
+    def spared(self) -> Callable[[], list[Path]]:
+        """Older checkpoints that stay besides the last ones: the best, and one to go back to."""
+        best, step = self.examiner.spared(self.folder), self.step
+        goes_back = self.recipe.health.on_collapse == "rollback"
+
+        def find() -> list[Path]:
+            healthy = newest_healthy(self.folder, step) if goes_back else None
+            return [path for path in (best(), healthy) if path]
+
+        return find
 
     def finish_saving(self) -> None:
         """Waits for the last checkpoint; OSError if it could not be written. All ranks call it."""

@@ -192,15 +192,6 @@ def test_classes_are_named_by_the_file_that_is_about_them(tmp_path) -> None:
         assert with_classes(recipe, None) == recipe
 
 
-def test_the_best_checkpoint_stays_whatever_the_policy_on_collapse(tmp_path) -> None:
-    recipe = load_recipe("finetune_image_tiny", ["health.on_collapse=rollback"])
-    examiner = Examiner(recipe, None)
-    examiner.best = {"step": 4}
-    (tmp_path / "step_00000004").mkdir()
-    run = SimpleNamespace(recipe=recipe, examiner=examiner, folder=tmp_path, step=8)
-    assert Run.spared(run)() == tmp_path / "step_00000004"
-
-
 def test_the_best_checkpoint_stays_where_a_better_one_could_not_be_saved(tmp_path, monkeypatch) -> None:
     """And best.json names it again; a disk that is full ends no run."""
     recipe = load_recipe("finetune_image_tiny", [f"out={tmp_path}"])
