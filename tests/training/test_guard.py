@@ -57,6 +57,14 @@ def test_a_place_to_go_back_to_has_twice_what_it_takes() -> None:
     assert firm == [("healthy", True), ("healthy", False), ("position-only", False)]
 
 
+@pytest.mark.parametrize(("explained", "verdict"), [(-15.3, "healthy"), (-60.0, "diverging")])
+def test_what_a_fresh_network_predicts_is_no_divergence(explained: float, verdict: str) -> None:
+    """-15.3 is audio_large's, whose targets average 16 layers."""
+    watch = Watch(patience=1)
+    watch.look(numbers(explained=explained))
+    assert watch.verdicts() == {"audio": verdict}
+
+
 # ---- what stays to go back to ----
 
 
