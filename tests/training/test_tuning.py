@@ -24,7 +24,6 @@ from d2v_ds.recipe import load_recipe
 from d2v_ds.training.classes import with_classes
 from d2v_ds.training.examiner import Examiner, where, write_best
 from d2v_ds.training.init import check_task, drop_paths, with_network
-from d2v_ds.training.run import Run
 from d2v_ds.training.schedule import learning_rate, scaled
 
 
