@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from d2v_ds.config import Config
 from d2v_ds.kernels.attention import Distance, attend
-from d2v_ds.kernels.linear import linear
 
 
 class Body(Config):
@@ -57,13 +56,6 @@ class LayerNormFp32(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).type_as(x)
 
 
-class Linear(nn.Linear):
-    """As torch's, and faster on a CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
 class DropPath(nn.Module):
     """Drops the residual branch of whole samples, rescaled (arXiv:1603.09382)."""
 
@@ -89,11 +81,11 @@ class Attention(nn.Module):
                 "choose heads that divide dim"
             )
         self.heads = body.heads
-        self.qkv = Linear(body.dim, 3 * body.dim, bias=body.qkv_bias == "all")
+        self.qkv = nn.Linear(body.dim, 3 * body.dim, bias=body.qkv_bias == "all")
         self.q_bias = self.v_bias = None
         if body.qkv_bias == "qv":
             self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(body.dim)) for _ in range(2))
-        self.proj = Linear(body.dim, body.dim)
+        self.proj = nn.Linear(body.dim, body.dim)
         self.dropout = body.attention_dropout
         self.proj_dropout = nn.Dropout(body.encoder_dropout)
 
@@ -111,8 +103,8 @@ class MLP(nn.Module):
     def __init__(self, body: Body):
         super().__init__()
         hidden = int(body.dim * body.mlp_ratio)
-        self.fc1 = Linear(body.dim, hidden)
-        self.fc2 = Linear(hidden, body.dim)
+        self.fc1 = nn.Linear(body.dim, hidden)
+        self.fc2 = nn.Linear(hidden, body.dim)
         self.dropout = nn.Dropout(body.activation_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
