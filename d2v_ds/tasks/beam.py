@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from d2v_ds.config import Config
-from d2v_ds.modalities.audio.vocabulary import SPACE, WORD, case_of, change_case, join_symbols
+from d2v_ds.modalities.audio.vocabulary import SPACE, WORD, case_of, change_case, join_symbols, read_lines
 
 REMEDY = "pip install 'd2v_ds[ctc]'"
 NO_WORDS = {"<s>", "</s>", "<unk>", "<UNK>"}
@@ -78,8 +79,10 @@ class BeamDecoder:
                     sil_token=space,
                 )
             except (RuntimeError, ValueError) as error:
+                reason = str(error).splitlines()[-1]  # before it, where in KenLM's source that is
                 raise ValueError(
-                    f"{settings.lm or settings.lexicon}: {error}; a language model is an ARPA file or a KenLM binary"
+                    f"{settings.lm or settings.lexicon}: {reason}; a language model is an ARPA file of bigrams or "
+                    "more, or a KenLM binary"
                 ) from error
 
     def decode(self, logits_TC: Tensor) -> str:
@@ -110,7 +113,9 @@ def spellings(symbols: tuple[str, ...], settings: Beam) -> list[tuple[str, list[
     """Words and their symbols; of an ARPA file those that the head can write, in capitals or small letters if it
     has only those."""
     if settings.lexicon:
-        return list(read_lexicon(Path(settings.lexicon), symbols))
+        spelt = list(read_lexicon(Path(settings.lexicon), symbols))
+        check_known(settings, {word for word, _ in spelt})
+        return spelt
     known = set(symbols)
     if SPACE not in known:
         raise ValueError(
@@ -130,26 +135,38 @@ def spellings(symbols: tuple[str, ...], settings: Beam) -> list[tuple[str, list[
     return spelt
 
 
+def check_known(settings: Beam, words: set[str]) -> None:
+    """Raises ValueError for a lexicon of which the language model, if it is an ARPA file, knows no word."""
+    try:
+        theirs = set(read_words(Path(settings.lm))) if settings.lm else set()
+    except ValueError:  # a KenLM binary, or what KenLM refuses
+        return
+    if words and theirs and words.isdisjoint(theirs):
+        raise ValueError(
+            f"{settings.lm} knows no word of {settings.lexicon}: it has {', '.join(sorted(theirs)[:3])}, not "
+            f"{', '.join(sorted(words)[:3])}; write the lexicon's words as the language model does, in its case"
+        )
+
+
 def read_lexicon(path: Path, symbols: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
     """`word symbol symbol ...` a line; `|` is added at its end if the head has it.
 
     Raises ValueError for symbols that the head does not have.
     """
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            word, *spelt = line.split() or [""]
-            if not word:
-                continue
-            if SPACE in symbols and spelt[-1:] != [SPACE]:
-                spelt.append(SPACE)
-            if len(spelt) < 2 and SPACE in symbols or not spelt:
-                raise ValueError(f"{path}, line {number}: {line.strip()!r} must be a word and its symbols")
-            if unknown := set(spelt) - set(symbols):
-                raise ValueError(
-                    f"{path}, line {number}: the model has no {', '.join(map(repr, sorted(unknown)[:8]))}; a line is "
-                    f"a word and its symbols, such as {example(symbols)}"
-                )
-            yield word, spelt
+    for number, line in enumerate(read_lines(path), 1):
+        word, *spelt = line.split() or [""]
+        if not word:
+            continue
+        if SPACE in symbols and spelt[-1:] != [SPACE]:
+            spelt.append(SPACE)
+        if len(spelt) < 2 and SPACE in symbols or not spelt:
+            raise ValueError(f"{path}, line {number}: {line.strip()!r} must be a word and its symbols")
+        if unknown := set(spelt) - set(symbols):
+            raise ValueError(
+                f"{path}, line {number}: the model has no {', '.join(map(repr, sorted(unknown)[:8]))}; a line is "
+                f"a word and its symbols, such as {example(symbols)}"
+            )
+        yield word, spelt
 
 
 def example(symbols: Iterable[str]) -> str:
@@ -173,6 +190,8 @@ def read_words(path: Path) -> Iterator[str]:
                     if word not in NO_WORDS:
                         yield word
         found = inside
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} cannot be read whole ({error}); fetch or compress it anew") from error
     except (UnicodeDecodeError, IndexError):
         found = False
     if not found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import sys
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_what_a_search_cannot_use_is_named(arpa, tmp_path, monkeypatch):
         BeamDecoder(LETTERS, Beam(lm=str(binary)))
     lexicon = tmp_path / "lexicon.txt"
     lexicon.write_text("SEA S E A |\n")
-    with pytest.raises(ValueError, match="lm.bin: .*ARPA file or a KenLM binary"):
+    with pytest.raises(ValueError, match="lm.bin: .*ARPA file of bigrams or more, or a KenLM binary"):
         BeamDecoder(LETTERS, Beam(lm=str(binary), lexicon=str(lexicon)))
     lexicon.write_text("SEA S E A |\nsee s e e\n")
     with pytest.raises(ValueError, match=r"line 2: the model has no 'e', 's'"):
@@ -110,14 +111,29 @@ def test_what_a_search_cannot_use_is_named(arpa, tmp_path, monkeypatch):
         read_search(options | {"lm_weight": math.nan, "decoder": "beam"})
     with pytest.raises(ValueError, match="--lm is for a beam: add --decoder beam"):
         read_search(options)
+    lexicon.write_text("SEA S E A |\nSEE S E E |\n")
+    with pytest.raises(
+        ValueError, match="lm.arpa knows no word of .*lexicon.txt: it has i, sea, see, not SEA, SEE"
+    ):
+        BeamDecoder(LETTERS, Beam(lm=arpa, lexicon=str(lexicon)))
+    lexicon.write_bytes("caf\u00e9 C A F E |\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="lexicon.txt is no UTF-8 text .*; store it as UTF-8"):
+        BeamDecoder(LETTERS, Beam(lexicon=str(lexicon)))
+    unigrams = tmp_path / "unigrams.arpa"
+    unigrams.write_text("\\data\\\nngram 1=2\n\n\\1-grams:\n-1.0\t</s>\n-1.0\tsea\n\n\\end\\\n")
+    with pytest.raises(
+        ValueError, match=r"\A\S*unigrams.arpa: This ngram .*; a language model is an ARPA file of bigrams"
+    ):
+        BeamDecoder(LETTERS, Beam(lm=str(unigrams)))
     monkeypatch.setitem(sys.modules, "flashlight.lib.text.decoder", None)
     with pytest.raises(ValueError, match=r"pip install 'd2v_ds\[ctc\]'"):
         BeamDecoder(LETTERS, Beam())
 
 
 def test_a_gzipped_model_is_one_too(arpa, tmp_path):
-    import gzip
-
     path = tmp_path / "lm.arpa.gz"
     path.write_bytes(gzip.compress(Path(arpa).read_bytes()))
     assert BeamDecoder(LETTERS, Beam(lm=str(path))).decode(say("THE SEA", {6: "E"})) == "THE SEA"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match="lm.arpa.gz cannot be read whole"):
+        BeamDecoder(LETTERS, Beam(lm=str(path)))

@@ -127,7 +127,7 @@ def open_vocabulary(source: str | Path | None = None, case: Case = "keep") -> Vo
 def read_dictionary(path: Path) -> tuple[str, ...]:
     """fairseq's: a symbol and its count a line, after four special ones that are not in the file."""
     symbols = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         words = line.split()
         if words and (len(words) > 2 or not words[-1].isdigit()):
             raise ValueError(
@@ -137,6 +137,14 @@ def read_dictionary(path: Path) -> tuple[str, ...]:
     if SPACE not in symbols:
         raise ValueError(f"{path} has no symbol for the space between words: add a line '{SPACE} 1'")
     return (*SPECIAL, *symbols)
+
+
+def read_lines(path: Path) -> list[str]:
+    """ValueError if it is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text (byte {error.start}); store it as UTF-8") from error
 
 
 def open_pieces(path: Path) -> Any:
