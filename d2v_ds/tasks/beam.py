@@ -86,13 +86,21 @@ class BeamDecoder:
                 ) from error
 
     def decode(self, logits_TC: Tensor) -> str:
-        scores_BTC = torch.log_softmax(logits_TC.float().cpu(), dim=-1)[None].contiguous()
-        (found,) = self.search(scores_BTC)
+        scores_TC = torch.log_softmax(logits_TC.float().cpu(), dim=-1)
+        if self.has_lexicon and SPACE in self.symbols:
+            scores_TC = torch.cat([scores_TC, self.end()])
+        (found,) = self.search(scores_TC[None].contiguous())
         if not found:
             return ""
         if self.has_lexicon:
             return change_case(" ".join(found[0].words), case_of(self.symbols))
         return join_symbols(self.symbols[i] for i in found[0].tokens.tolist())
+
+    def end(self) -> Tensor:
+        """A frame (1, C) in which the last word may end: a transcript has no space after it, a spelling has."""
+        scores_1C = torch.full((1, len(self.symbols)), -1e4)
+        scores_1C[0, [0, self.symbols.index(SPACE)]] = 0
+        return scores_1C
 
 
 def import_decoder(needs_lm: bool) -> Any:

@@ -137,3 +137,9 @@ def test_a_gzipped_model_is_one_too(arpa, tmp_path):
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ValueError, match="lm.arpa.gz cannot be read whole"):
         BeamDecoder(LETTERS, Beam(lm=str(path)))
+
+
+def test_the_last_word_needs_no_space_after_it(arpa):
+    """However sure the model is that none is there, as it learns from transcripts."""
+    decode = BeamDecoder(LETTERS, Beam(lm=arpa)).decode
+    assert decode(10 * say("I SEE", {})) == "I SEE"
