@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 from ranks import SAMPLE
 
-from d2v_ds.modalities.audio.vocabulary import LETTERS, open_vocabulary
+from d2v_ds.modalities.audio.vocabulary import LETTERS, Vocabulary, open_vocabulary
 
 
 def test_the_letters_are_those_of_fairseqs_dictionary(tmp_path):
@@ -46,6 +46,15 @@ def test_unknown_symbols_are_named_with_the_remedy():
         open_vocabulary().encode("4 CATS")
     with pytest.raises(ValueError, match=r"'\|'.*normalise the transcripts"):
         open_vocabulary().encode("A|B")
+    with pytest.raises(ValueError, match=r"has a space, .* no '\|'; add it to task.labels"):
+        Vocabulary(("<s>", "A", "B")).encode("A B")
+
+
+def test_the_blank_is_no_letter():
+    """Output 0 is never what a transcript says: the loss would count it as a pause."""
+    assert Vocabulary(("-", "A", "B")).encode("AB") == [1, 2]
+    with pytest.raises(ValueError, match="has 'A', which is output 0, CTC's blank; put a symbol before it"):
+        Vocabulary(("A", "B", "|")).encode("AB B")
 
 
 def test_a_file_that_is_no_vocabulary_is_an_error(tmp_path):

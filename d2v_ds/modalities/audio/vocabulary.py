@@ -48,9 +48,17 @@ class Vocabulary:
         if self.pieces is not None:
             self.refuse({symbol for symbol in set(text) - {" "} if not self.knows(symbol)})
             return [i + 1 for i in self.pieces.encode(text)]
-        letters = [SPACE if symbol == " " else symbol for symbol in text]
-        self.refuse(set(letters) - self.numbers.keys() | ({SPACE} & set(text)))
-        return [self.numbers[letter] for letter in letters]
+        self.refuse(set(text) - self.numbers.keys() - {" "} | ({SPACE} & set(text)))
+        if " " in text and SPACE not in self.numbers:
+            raise ValueError(
+                f"a transcript has a space, for which the symbols have no {SPACE!r}; add it to task.labels"
+            )
+        if self.symbols[0] in text:
+            raise ValueError(
+                f"a transcript has {self.symbols[0]!r}, which is output 0, CTC's blank; put a symbol before it that "
+                "no transcript has, such as <s>, in task.labels"
+            )
+        return [self.numbers[SPACE if symbol == " " else symbol] for symbol in text]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of numbers without blanks and repeats (`d2v_ds.convert.features.spell`)."""
