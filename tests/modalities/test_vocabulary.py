@@ -6,6 +6,7 @@ import pytest
 import sentencepiece
 from ranks import SAMPLE
 
+from d2v_ds.modalities.audio.samples import Transcripts
 from d2v_ds.modalities.audio.vocabulary import LETTERS, Vocabulary, open_vocabulary
 
 
@@ -34,6 +35,10 @@ def test_a_character_without_a_piece_is_named(tmp_path):
     )
     vocabulary = open_vocabulary(tmp_path / "m.model")
     assert vocabulary.decode(vocabulary.encode("seven six")) == "seven six"
+    with pytest.raises(
+        ValueError, match=r"the transcript '\\u200b' of 'txt' has no symbol; leave the sample out"
+    ):
+        Transcripts(vocabulary, "txt")("\u200b")
     with pytest.raises(ValueError, match="has '8'.*vocabulary of 21 symbols lacks; normalise"):
         vocabulary.encode("one 8")
 

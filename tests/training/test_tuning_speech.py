@@ -95,6 +95,12 @@ def test_a_sound_too_short_for_its_transcript_is_named(recipe) -> None:
         samples.check_pair(torch.zeros(500), [3, 3, 4], recipe.task)
     with pytest.raises(ValueError, match="6.2 s is longer than data.max_seconds=4"):
         samples.check_pair(torch.zeros(100_000), [3], recipe.task)
+    with pytest.raises(ValueError, match="sound of 600 samples gives 1 frames; .* the spans of task.mask 2"):
+        samples.check_pair(torch.zeros(600), [3], recipe.task)
+    classes = recipe.task.model_copy(update={"head": "utterance_classification", "mask": None})
+    samples.check_pair(torch.zeros(400), 3, classes)
+    with pytest.raises(ValueError, match="sound of 399 samples gives 0 frames; a head needs 1"):
+        samples.check_pair(torch.zeros(399), 3, classes)
 
 
 TINY = ["--recipe", "finetune_audio_tiny", f"data={SAMPLE}", "train.workers=0", "train.log_every=1"]

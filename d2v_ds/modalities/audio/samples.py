@@ -160,6 +160,10 @@ class AudioSamples:
             raise ValueError(
                 f"{frames} frames are too few for the {len(label)} symbols of the transcript, which need {needed}"
             )
+        if frames < (1 if task.mask is None else 2):
+            raise ValueError(
+                f"sound of {len(waveform)} samples gives {frames} frames; a head needs 1, the spans of task.mask 2"
+            )
 
     def collate_whole(
         self, waveforms: list[Tensor], draws: list[Draw], labels: list[Any], task: Task
@@ -208,7 +212,10 @@ class Transcripts:
             raise ValueError(
                 f"no transcript: '{self.where}' is not in it, or empty; name its member or json key, task.label="
             )
-        return self.vocabulary.encode(text)
+        ids = self.vocabulary.encode(text)
+        if not ids:
+            raise ValueError(f"the transcript {text!r} of '{self.where}' has no symbol; leave the sample out")
+        return ids
 
 
 def frames_needed(ids: list[int]) -> int:
