@@ -78,7 +78,7 @@ def evaluate(
         else read_transcripts(items, encoder, label)
     )
     unreadable: list[Bad] = []
-    rows, places = answers(encoder, items, batch, workers, unreadable)
+    rows, places = answers(encoder, items, batch, workers, unreadable, decode)
     said = [(row, truths[i]) for row, i in zip(rows, places, strict=True)]
     if not said:
         raise ValueError(
@@ -89,7 +89,7 @@ def evaluate(
         "model": str(model),
         "data": str(data),
         "samples": len(said),
-        **(score_transcripts(decode, said) if decode else score_classes(said, encoder.recipe.task)),
+        **(score_transcripts(said) if decode else score_classes(said, encoder.recipe.task)),
         "unreadable": [bad._asdict() for bad in unreadable],
     }
     if out is not None:
@@ -119,10 +119,17 @@ def check_head(encoder: Encoder, kind: str) -> None:
 
 
 def answers(
-    encoder: Encoder, items: Items, batch: int, workers: int | None, unreadable: list[Bad]
-) -> tuple[list[Tensor], list[int]]:
-    """What the head says of each item that can be read, and which items those are; ValueError if it is no number."""
-    rows: list[Tensor] = []
+    encoder: Encoder,
+    items: Items,
+    batch: int,
+    workers: int | None,
+    unreadable: list[Bad],
+    decode: Callable[[Tensor], str] | None = None,
+) -> tuple[list[Any], list[int]]:
+    """What the head says of each item that can be read, logits or the text that `decode` makes of them at once, since
+    those of all frames of a corpus would fill the memory; and which items those are. ValueError for what is no number.
+    """
+    rows: list[Any] = []
     places: list[int] = []
     for group in make_groups(prepare(encoder, items, 0, workers), encoder, batch):
         ready = sorted(group.ready, key=lambda item: len(item.row))  # alike lengths: little padding
@@ -136,7 +143,7 @@ def answers(
                     f"outputs of {encoder.origin or 'the model'} are not finite, as for "
                     f"{chosen[is_finite.index(False)].name.full}; take weights of an earlier step"
                 )
-            rows += logits.unbind()
+            rows += map(decode, logits) if decode else logits.unbind()
             places += [item.number for item in chosen]
     return rows, places
 
@@ -259,15 +266,14 @@ def score_classes(said: list[tuple[Tensor, int]], task: Task | None = None) -> d
     return found
 
 
-def score_transcripts(decode: Callable[[Tensor], str], said: list[tuple[Tensor, str]]) -> dict[str, float]:
-    """`decode` gives the text of logits (T, C)."""
+def score_transcripts(said: list[tuple[str, str]]) -> dict[str, float]:
     jiwer = import_jiwer()
-    texts = [decode(row) for row, _ in said]
-    truths = [truth for _, truth in said]
+    texts, truths = map(list, zip(*said, strict=True))
     return {"wer": jiwer.wer(truths, texts), "cer": jiwer.cer(truths, texts)}
 
 
 def best_path(encoder: Encoder) -> Callable[[Tensor], str]:
+    """Gives the text of logits (T, C)."""
     return lambda logits_TC: encoder.decide(logits_TC[None])[0]
 
 

@@ -86,16 +86,18 @@ class Examiner:
     def score_part(self, run: Run, encoder: Encoder, items: Items, truths: list[float]) -> dict[str, float]:
         mine = Share(items, run.rank, run.world)
         bad: list[Bad] = []
-        logits, places = together(lambda: answers(encoder, mine, BATCH, run.recipe.train.workers or 1, bad))
+        workers = run.recipe.train.workers or 1
+        decode = best_path(encoder) if self.recipe.task.head == "ctc" else None
+        said, places = together(lambda: answers(encoder, mine, BATCH, workers, bad, decode))
         everyone: list[Any] = [None] * run.world
-        dist.all_gather_object(everyone, (logits, [mine.place(i) for i in places], len(bad)))
-        rows = [(i, row) for logits, found, _ in everyone for i, row in zip(found, logits, strict=True)]
+        dist.all_gather_object(everyone, (said, [mine.place(i) for i in places], len(bad)))
+        rows = [(i, row) for said, found, _ in everyone for i, row in zip(found, said, strict=True)]
         if not rows:
             raise ValueError(f"task.test: none of {items.words} can be read")
         rows.sort(key=lambda row: row[0])
         bad_count = sum(count for _, _, count in everyone)
-        if self.recipe.task.head == "ctc":
-            found = score_transcripts(best_path(encoder), [(row, truths[i]) for i, row in rows])
+        if decode:
+            found = score_transcripts([(text, truths[i]) for i, text in rows])
             return found | {"score": -found["wer"], "unreadable": bad_count}
         logits_NC = torch.stack([row for _, row in rows])
         truth_N = torch.tensor([truths[i] for i, _ in rows])
