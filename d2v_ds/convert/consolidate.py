@@ -56,7 +56,13 @@ def best_checkpoint(run: Path) -> Path | None:
     """What best.json of a fine-tuned run names, if it is there and whole."""
     if not (run / "best.json").is_file():
         return None
-    best = run / folder_name(json.loads((run / "best.json").read_bytes())["step"])
+    try:
+        best = run / folder_name(json.loads((run / "best.json").read_bytes())["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{run}/best.json is damaged, so which checkpoint is the best is not known; name one, {run}/step_*, or "
+            "delete it for the newest"
+        ) from error
     return best if best.is_dir() and damage(best) is None else None
 
 

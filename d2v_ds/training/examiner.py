@@ -20,7 +20,6 @@ from d2v_ds.convert.load import assign
 from d2v_ds.data import Source
 from d2v_ds.engine.gather import whole_masters
 from d2v_ds.engine.saver import folder_name
-from d2v_ds.engine.tensor_file import write_bytes
 from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.source import shard_pattern
 from d2v_ds.model.heads import HEAD, build_head
@@ -28,7 +27,7 @@ from d2v_ds.recipe import Recipe
 from d2v_ds.tasks.evaluate import answers, best_path, import_jiwer, renumber, score_transcripts
 from d2v_ds.tasks.items import Items, Name, open_items
 from d2v_ds.tasks.metrics import check_metrics, measure
-from d2v_ds.tasks.table import Bad
+from d2v_ds.tasks.table import Bad, write_whole
 from d2v_ds.training.agreement import together
 from d2v_ds.training.log import warn
 from d2v_ds.training.probing import undisturbed
@@ -53,6 +52,21 @@ class Examiner:
     ):
         """`parts`: of each test its items and what is true of them."""
         self.recipe, self.parts, self.samples = recipe, parts or {}, samples
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of what is scored."""
+        return {name: items.fingerprint for name, (items, _) in self.parts.items()}
+
+    def go_on(self, run: Run, loop: dict[str, Any]) -> None:
+        """Takes the best checkpoint from the one that the run goes on from, unless it was scored on other shards."""
+        before = loop.get("test", self.fingerprints)  # absent in older checkpoints
+        if self.parts and before != self.fingerprints:
+            run.say("task.test is of other shards than before: the best checkpoint is chosen anew")
+            return
+        self.best = loop.get("best")
+        if self.best and run.rank == 0:
+            write_best(run.folder, self.best)  # a kill may have left that of a checkpoint that was not saved
 
     def is_due(self, step: int) -> bool:
         every = self.recipe.task.test_every if self.parts else 0
@@ -211,13 +225,11 @@ def flatten(found: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def write_best(folder: Path, best: dict[str, Any] | None) -> None:
     """best.json: the step, and its numbers, whole or as it was; none where nothing is best."""
-    path, temporary = folder / "best.json", folder / ".tmp-best.json"
+    path = folder / "best.json"
     try:
-        temporary.unlink(missing_ok=True)
         if best is None:
             path.unlink(missing_ok=True)
-            return
-        write_bytes(temporary, json.dumps(best, indent=1).encode())
-        temporary.replace(path)
+        else:
+            write_whole(path, json.dumps(best, indent=1).encode())
     except OSError as error:  # a full disk: the next score tries again
         warn("best.json", error)

@@ -123,6 +123,7 @@ class Run:
             "windows": windows_of(self.sources),
             "is_healthy": self.watch.is_firm,
             "best": self.examiner.best,
+            "test": self.examiner.fingerprints,
             "lr_scale": self.lr_scale,
             "rollbacks": self.rollbacks,
         }
@@ -501,7 +502,7 @@ def build_run(
         probes or Probes(recipe, {}), examiner or Examiner(recipe, None),
     )  # fmt: skip
     if saved:
-        run.examiner.best = saved.loop.get("best")
+        run.examiner.go_on(run, saved.loop)
         run.lr_scale, run.rollbacks = saved.loop.get("lr_scale", 1.0), saved.loop.get("rollbacks", [])
     run.loader = StepLoader(sources, plan, rank, world, step, recipe.train.steps, recipe.train.workers)
     introduce(run, ds_config, saved)

@@ -1,11 +1,13 @@
-"""The best checkpoint of a fine-tuning run stays."""
+"""The best checkpoint of a fine-tuning run: it stays, is known when the run goes on, and is one of these shards."""
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
+from d2v_ds.convert.consolidate import best_checkpoint
 from d2v_ds.recipe import load_recipe
 from d2v_ds.training.examiner import Examiner
 from d2v_ds.training.run import Run
@@ -30,4 +32,22 @@ def test_the_best_checkpoint_stays_whatever_follows_a_collapse(tmp_path, on_coll
     run.examiner.best = BEST
     Run.save(run)
     assert begun["spared"] == tmp_path / "step_00000004"
-    assert begun["loop"]["best"] == BEST
+    assert begun["loop"]["best"] == BEST and begun["loop"]["test"] == {"": "a"}
+
+
+def test_a_run_that_goes_on_knows_its_best_unless_it_is_scored_on_others(tmp_path) -> None:
+    recipe, said = load_recipe("finetune_audio_tiny"), []
+    run = SimpleNamespace(folder=tmp_path, rank=0, say=said.append)
+    (tmp_path / "best.json").write_text('{"step": 6')  # of a save that a kill ended
+    with pytest.raises(ValueError, match="best.json is damaged.*; name one, .*step_.*, or delete it"):
+        best_checkpoint(tmp_path)
+    for loop in ({"best": BEST}, {"best": BEST, "test": {"": "a"}}):
+        same = examiner(recipe, "a")
+        same.go_on(run, loop)
+        assert same.best == BEST and json.loads((tmp_path / "best.json").read_text()) == BEST and not said
+    other = examiner(recipe, "b")
+    other.go_on(run, {"best": BEST, "test": {"": "a"}})
+    assert other.best is None and "task.test is of other shards" in said[0]
+    without = Examiner(recipe, None)
+    without.go_on(run, {"best": BEST, "test": {"": "a"}})
+    assert without.best == BEST
