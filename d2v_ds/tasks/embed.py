@@ -22,13 +22,11 @@ from d2v_ds.convert.features import Encoder
 from d2v_ds.convert.load import load
 from d2v_ds.data.progress import ProgressLine, duration
 from d2v_ds.tasks import final
-from d2v_ds.tasks.groups import Group, Ready, ahead, make_groups, prepare
+from d2v_ds.tasks.groups import Group, Ready, ahead, cut_batches, make_groups, prepare
 from d2v_ds.tasks.items import Items, open_items
 from d2v_ds.tasks.pooling import What
 from d2v_ds.tasks.table import Bad, Parts, Row, parts_folder, refuse_other, write_whole
 
-BATCH_ATTENTION = 1 << 24
-"""B * T^2 at most: attention with 12 heads then needs 0.8 GB."""
 PART_SECONDS, PART_BYTES = 20.0, 64 << 20
 """A part is written when one of these is reached; where parts are cut does not change the result."""
 
@@ -175,25 +173,14 @@ def embed_group(
     group: Group, encoder: Encoder, what: What, batch: int, line: ProgressLine, num_bad: int
 ) -> list[Row | Bad]:
     """One for each item, in the order of the items."""
-    lengths = [encoder.inputs.num_tokens(encoder.samples, item.row) for item in group.ready]
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])  # alike lengths: little padding
-    results: list[Any] = [None] * len(order)
-    while order:
-        chosen = cut_batch(order, lengths, batch)
-        order = order[len(chosen) :]
-        hidden = encoder.run([group.ready[i].row for i in chosen], what.blocks(encoder))
-        for i, embedding in zip(chosen, what.take(hidden, encoder), strict=True):
-            results[i] = to_row(group.ready[i], lengths[i], embedding)
-        line.show(group.next_item - len(order), num_bad)
-    return results
-
-
-def cut_batch(order: list[int], lengths: list[int], batch: int) -> list[int]:
-    """The next items that go together: at most `batch`, and no more than attention has room for."""
-    size = 1
-    while size < min(batch, len(order)) and (size + 1) * lengths[order[size]] ** 2 <= BATCH_ATTENTION:
-        size += 1
-    return order[:size]
+    results: dict[int, Row | Bad] = {}
+    for chosen in cut_batches(group, encoder, batch):
+        hidden = encoder.run([item.row for item in chosen], what.blocks(encoder))
+        for item, embedding in zip(chosen, what.take(hidden, encoder), strict=True):
+            tokens = encoder.inputs.num_tokens(encoder.samples, item.row)
+            results[item.number] = to_row(item, tokens, embedding)
+        line.show(group.next_item - len(group.ready) + len(results), num_bad)
+    return [results[item.number] for item in group.ready]
 
 
 def to_row(ready: Ready, tokens: int, embedding: np.ndarray) -> Row | Bad:

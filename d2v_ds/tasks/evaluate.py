@@ -18,7 +18,7 @@ from d2v_ds.modalities.audio.vocabulary import BLANK, case_of, change_case, writ
 from d2v_ds.model.tuned import Task
 from d2v_ds.tasks.beam import Beam, BeamDecoder
 from d2v_ds.tasks.embed import best_device
-from d2v_ds.tasks.groups import Ready, make_groups, prepare
+from d2v_ds.tasks.groups import Ready, cut_batches, make_groups, prepare
 from d2v_ds.tasks.items import Items, open_items
 from d2v_ds.tasks.metrics import measure
 from d2v_ds.tasks.table import Bad, write_whole
@@ -132,10 +132,8 @@ def answers(
     rows: list[Any] = []
     places: list[int] = []
     for group in make_groups(prepare(encoder, items, 0, workers), encoder, batch):
-        ready = sorted(group.ready, key=lambda item: len(item.row))  # alike lengths: little padding
         unreadable += group.bad
-        for first in range(0, len(ready), batch):
-            chosen = ready[first : first + batch]
+        for chosen in cut_batches(group, encoder, batch):
             logits = head_logits(encoder, chosen)
             is_finite = logits.flatten(1).isfinite().all(1).tolist()
             if not all(is_finite):

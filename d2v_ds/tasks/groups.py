@@ -24,6 +24,9 @@ GROUP_BYTES = 256 << 20
 AHEAD_BYTES = 64 << 20
 """Of files that are read and not yet decoded: an hour of MP3 has 30 MB, and 230 MB when it is decoded."""
 
+BATCH_ATTENTION = 1 << 24
+"""B * T^2 at most: attention with 12 heads then needs 0.8 GB."""
+
 T = TypeVar("T")
 
 
@@ -104,6 +107,24 @@ def make_groups(
             group, size = Group(), 0
     if group.next_item:
         yield group
+
+
+def cut_batches(group: Group, encoder: Encoder, batch: int) -> Iterator[list[Ready]]:
+    """All of its items, those of like length together: that needs little padding."""
+    lengths = [encoder.inputs.num_tokens(encoder.samples, item.row) for item in group.ready]
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    while order:
+        chosen = cut_batch(order, lengths, batch)
+        order = order[len(chosen) :]
+        yield [group.ready[i] for i in chosen]
+
+
+def cut_batch(order: list[int], lengths: list[int], batch: int) -> list[int]:
+    """The next items that go together: at most `batch`, and no more than attention has room for."""
+    size = 1
+    while size < min(batch, len(order)) and (size + 1) * lengths[order[size]] ** 2 <= BATCH_ATTENTION:
+        size += 1
+    return order[:size]
 
 
 def ahead(source: Iterator[T]) -> Iterator[T]:

@@ -30,7 +30,8 @@ from d2v_ds.modalities.build import build_model
 from d2v_ds.recipe import load_recipe
 from d2v_ds.tasks import embed as embed_module
 from d2v_ds.tasks import groups
-from d2v_ds.tasks.embed import cut_batch, embed
+from d2v_ds.tasks.embed import embed
+from d2v_ds.tasks.groups import cut_batch
 
 MODALITIES = ("image", "audio", "text")
 VALIDATION = str(SAMPLE / "multimodal-val-*.tar")

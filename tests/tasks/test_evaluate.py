@@ -89,6 +89,17 @@ def test_error_rates_are_the_edits_to_the_models_own_transcripts(make, val):
     assert found["wer"] == pytest.approx(word_edits / len(truths))
 
 
+def test_long_sounds_are_scored_in_batches_of_fewer(make, monkeypatch):
+    """As they are embedded: 32 of half a minute would take many times what a training step does."""
+    encoder = d2v_ds.load(make("audio", len(LETTERS), LETTERS))
+    few, sizes, run = Share(open_items(VAL, "audio", encoder.samples, "json.digit"), 0, 40), [], encoder.run
+    monkeypatch.setattr(encoder, "run", lambda rows: (sizes.append(len(rows)), run(rows))[1])
+    answers(encoder, few, 32, 1, [])
+    monkeypatch.setattr("d2v_ds.tasks.groups.BATCH_ATTENTION", 1)
+    answers(encoder, few, 32, 1, [])
+    assert sizes == [3, 1, 1, 1]
+
+
 def test_transcripts_are_kept_as_texts(make):
     """Logits of all frames of LibriSpeech's dev-clean and 1,000 pieces would take 4 GB, on each rank."""
     encoder = d2v_ds.load(make("audio", len(LETTERS), LETTERS))
