@@ -263,6 +263,7 @@ FREE = {
     "train.hang_seconds",
     "train.hang_factor",
     "train.straggler_factor",
+    "task.vocabulary",
     "task.test",
     "task.test_every",
     "probe.every",
@@ -275,7 +276,7 @@ FREE = {
 
 
 def is_free(key: str) -> bool:
-    """Where shards and a tokenizer lie is free too: a run knows their content by fingerprint."""
+    """Where shards, a tokenizer and a vocabulary lie is free too: a run knows their content by fingerprint."""
     return key in FREE or key.endswith((".data.shards", ".data.corpora", ".data.tokenizer"))
 
 

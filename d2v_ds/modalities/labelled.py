@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ class Labelled:
             samples.check_tools()
         self.samples, self.task = samples, task
         self.parse = samples.parser(task) if task.head == "ctc" else task.parse
+        if task.head == "ctc" and task.vocabulary:
+            self.files = (Path(task.vocabulary).expanduser(),)  # what the run needs to go on
         self.fields = {**samples.fields, FIELD: f"{task.label};"}
 
     def __getattr__(self, name: str) -> Any:

@@ -149,6 +149,7 @@ def with_network(recipe: Recipe, saved: Recipe | None, given: Sequence[str] = ()
         saved, source = network_of(recipe), f"init={recipe.init}"
     else:
         saved, source = with_tokenizer(saved, recipe.folder), f"the run {recipe.folder}"
+        recipe = with_own_vocabulary(recipe)
     if name not in saved.modalities:
         raise ValueError(
             f"{source} holds {', '.join(saved.modalities)}, the recipe {recipe.name} fine-tunes {name}; give an "
@@ -202,6 +203,18 @@ def drop_paths(rate: float, prenet: int, depth: int) -> tuple[tuple[float, float
     prenet has the first ones; the body goes in a line from the next to `rate` (as released)."""
     rates = [rate * i / max(1, depth - 1) for i in range(depth)]
     return (0.0, rates[prenet - 1] if prenet > 1 else 0.0), (rates[min(prenet, depth - 1)], rate)
+
+
+def with_own_vocabulary(recipe: Recipe) -> Recipe:
+    """The recipe with the copy of `task.vocabulary` that its run has, if the file is gone."""
+    given = recipe.task.vocabulary
+    if (
+        given is None
+        or Path(given).expanduser().is_file()
+        or not (own := recipe.folder / Path(given).name).is_file()
+    ):
+        return recipe
+    return recipe.model_copy(update={"task": recipe.task.model_copy(update={"vocabulary": str(own)})})
 
 
 def with_symbols(recipe: Recipe) -> Recipe:

@@ -414,8 +414,10 @@ def check_same_data(sources: list[Source], saved: checkpoints.Checkpoint) -> Non
     before = saved.loop.get("files", {})  # absent in older checkpoints
     for name, digest in file_hashes(sources).items():
         if before.get(name, digest) != digest:
+            is_vocabulary = (saved.loop["recipe"].get("task") or {}).get("vocabulary")
+            key = "task.vocabulary" if is_vocabulary else f"modalities.{name}.data.tokenizer"
             raise ValueError(
-                f"modalities.{name}.data.tokenizer is not the one that {saved.folder} was trained with "
+                f"{key} is not the one that {saved.folder} was trained with "
                 f"(sha256 {digest[:12]}, was {before[name][:12]}); give that of {saved.folder.parent}, or another "
                 "out= to start anew"
             )

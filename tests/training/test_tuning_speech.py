@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from runs import python, read_rows, start, torchrun, two_rank_run, without_timin
 from d2v_ds.data import Draw
 from d2v_ds.modalities.audio.samples import AudioSamples, frames_needed
 from d2v_ds.modalities.build import build_tuned
+from d2v_ds.modalities.labelled import Labelled
 from d2v_ds.model.tuned import ctc_loss
 from d2v_ds.recipe import load_recipe
 from d2v_ds.training.init import with_network
+from d2v_ds.training.run import check_same_data
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,25 @@ def test_a_sound_too_short_for_its_transcript_is_named(recipe) -> None:
     samples.check_pair(torch.zeros(400), 3, classes)
     with pytest.raises(ValueError, match="sound of 399 samples gives 0 frames; a head needs 1"):
         samples.check_pair(torch.zeros(399), 3, classes)
+
+
+def test_a_run_goes_on_with_its_own_copy_of_a_vocabulary(tmp_path) -> None:
+    """When the file is gone, or named by another path; another vocabulary is refused."""
+    given, copy = tmp_path / "pieces.model", tmp_path / "run" / "pieces.model"
+    shutil.copyfile(SAMPLE / "sentencepiece.model", given)
+    recipe = load_recipe("finetune_audio_tiny", [f"task.vocabulary={given}", f"out={tmp_path / 'run'}"])
+    began = with_network(recipe, None)
+    samples = Labelled(AudioSamples(began.modalities["audio"], Path()), began.task)
+    assert samples.files == (given,)  # what a run copies
+    copy.parent.mkdir()
+    given.rename(copy)
+    goes_on = with_network(recipe, began)
+    assert goes_on.task.vocabulary == str(copy) and goes_on.hash() == began.hash()
+    source = SimpleNamespace(name="audio", samples=samples, fingerprint="")
+    loop = {"recipe": began.model_dump(mode="json"), "files": {"audio": "0" * 64}, "data": {"audio": ""}}
+    copy.rename(given)
+    with pytest.raises(ValueError, match="task.vocabulary is not the one that .* was trained with"):
+        check_same_data([source], SimpleNamespace(loop=loop, folder=tmp_path / "run" / "step_00000004"))
 
 
 TINY = ["--recipe", "finetune_audio_tiny", f"data={SAMPLE}", "train.workers=0", "train.log_every=1"]
