@@ -59,13 +59,17 @@ class Examiner:
         return {name: items.fingerprint for name, (items, _) in self.parts.items()}
 
     def go_on(self, run: Run, loop: dict[str, Any]) -> None:
-        """Takes the best checkpoint from the one that the run goes on from, unless it was scored on other shards."""
+        """Takes the best checkpoint from the one that the run goes on from or back to, if it is still there and was
+        scored on the same shards; all ranks call it."""
         before = loop.get("test", self.fingerprints)  # absent in older checkpoints
+        self.best = self.before = None
         if self.parts and before != self.fingerprints:
             run.say("task.test is of other shards than before: the best checkpoint is chosen anew")
             return
-        self.best = loop.get("best")
-        if self.best and run.rank == 0:
+        best = loop.get("best")
+        if best and (run.folder / folder_name(best["step"])).is_dir():
+            self.best = best
+        if run.rank == 0:
             write_best(run.folder, self.best)  # a kill may have left that of a checkpoint that was not saved
 
     def is_due(self, step: int) -> bool:
@@ -123,13 +127,6 @@ class Examiner:
         rows = [row for row in (self.best, self.before) if row]
         folders = [run / folder_name(row["step"]) for row in rows]
         return lambda: next((folder for folder in folders if folder.is_dir()), None)
-
-    def go_back(self, run: Run, best: dict[str, Any] | None) -> None:
-        """To what was best when a checkpoint was saved, if that is still there; all ranks call it."""
-        self.best = best if best and (run.folder / folder_name(best["step"])).is_dir() else None
-        self.before = None
-        if run.rank == 0:
-            write_best(run.folder, self.best)
 
 
 class Share:

@@ -116,7 +116,7 @@ def roll_back(run: Run, reason: str) -> None:
     run.step, run.applied = saved.loop["step"], saved.loop["applied_steps"]
     checkpoints.load(run.engine, run.ema, saved, run.applied)
     run.engine.zero_grad()
-    run.examiner.go_back(run, saved.loop.get("best"))
+    run.examiner.go_on(run, saved.loop)
     run.watch = Watch(settings.patience)
     run.watch.is_firm = True
     if run.log:

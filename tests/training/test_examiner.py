@@ -9,6 +9,7 @@ import pytest
 
 from d2v_ds.convert.consolidate import best_checkpoint
 from d2v_ds.recipe import load_recipe
+from d2v_ds.training import run as run_module
 from d2v_ds.training.examiner import Examiner
 from d2v_ds.training.run import Run
 
@@ -20,7 +21,9 @@ def examiner(recipe, fingerprint: str) -> Examiner:
 
 
 @pytest.mark.parametrize("on_collapse", ["warn", "rollback"])
-def test_the_best_checkpoint_stays_whatever_follows_a_collapse(tmp_path, on_collapse) -> None:
+def test_the_best_checkpoint_stays_whatever_follows_a_collapse(tmp_path, on_collapse, monkeypatch) -> None:
+    monkeypatch.setattr(run_module, "newest_healthy", lambda folder, before: folder / "step_00000002")
+    (tmp_path / "step_00000004").mkdir()
     recipe = load_recipe("finetune_audio_tiny", [f"health.on_collapse={on_collapse}", f"out={tmp_path}"])
     begun = {}
     run = SimpleNamespace(
@@ -29,9 +32,10 @@ def test_the_best_checkpoint_stays_whatever_follows_a_collapse(tmp_path, on_coll
         signals=SimpleNamespace(phase=""), watchdog=SimpleNamespace(wait_patiently=lambda what: None),
         saver=SimpleNamespace(begin=lambda step, loop, spared: begun.update(loop=loop, spared=spared())),
     )  # fmt: skip
-    run.examiner.best = BEST
+    run.examiner.best, run.spared = BEST, lambda: Run.spared(run)
     Run.save(run)
-    assert begun["spared"] == tmp_path / "step_00000004"
+    names = ["step_00000004"] + ["step_00000002"] * (on_collapse == "rollback")
+    assert begun["spared"] == [tmp_path / name for name in names]
     assert begun["loop"]["best"] == BEST and begun["loop"]["test"] == {"": "a"}
 
 
@@ -41,6 +45,7 @@ def test_a_run_that_goes_on_knows_its_best_unless_it_is_scored_on_others(tmp_pat
     (tmp_path / "best.json").write_text('{"step": 6')  # of a save that a kill ended
     with pytest.raises(ValueError, match="best.json is damaged.*; name one, .*step_.*, or delete it"):
         best_checkpoint(tmp_path)
+    (tmp_path / "step_00000004").mkdir()
     for loop in ({"best": BEST}, {"best": BEST, "test": {"": "a"}}):
         same = examiner(recipe, "a")
         same.go_on(run, loop)

@@ -12,10 +12,8 @@ from ranks import SAMPLE
 from runs import TINY, python, read_rows, start, torchrun, without_timings
 
 from d2v_ds.recipe import Health, load_recipe
-from d2v_ds.training import run as run_module
 from d2v_ds.training.examiner import Examiner, write_best
 from d2v_ds.training.guard import Collapsed, check_variances
-from d2v_ds.training.run import Run
 from d2v_ds.training.verdict import Watch
 
 HEALTHY = {
@@ -68,18 +66,6 @@ def test_what_a_fresh_network_predicts_is_no_divergence(explained: float, verdic
 # ---- what stays to go back to ----
 
 
-def test_a_tuned_run_that_may_go_back_keeps_its_best_checkpoint_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = load_recipe("finetune_image_tiny", ["health.on_collapse=rollback", f"out={tmp_path}"])
-    monkeypatch.setattr(run_module, "newest_healthy", lambda folder, before: folder / "step_00000008")
-    examiner = Examiner(recipe, None)
-    examiner.best = {"step": 4}
-    (tmp_path / "step_00000004").mkdir()
-    run = SimpleNamespace(recipe=recipe, examiner=examiner, folder=tmp_path, step=9)
-    assert {path.name for path in Run.spared(run)()} == {"step_00000004", "step_00000008"}
-
-
 @pytest.mark.parametrize("is_there", [True, False])
 def test_what_is_best_after_going_back_is_what_was_then_if_it_is_there(
     is_there: bool, tmp_path: Path
@@ -89,7 +75,7 @@ def test_what_is_best_after_going_back_is_what_was_then_if_it_is_there(
     write_best(tmp_path, examiner.best)
     if is_there:
         (tmp_path / "step_00000004").mkdir()
-    examiner.go_back(SimpleNamespace(folder=tmp_path, rank=0), {"step": 4, "score": 0.5})
+    examiner.go_on(SimpleNamespace(folder=tmp_path, rank=0), {"best": {"step": 4, "score": 0.5}})
     assert examiner.best == ({"step": 4, "score": 0.5} if is_there else None)
     said = tmp_path / "best.json"
     assert json.loads(said.read_text()) == examiner.best if is_there else not said.exists()
