@@ -41,6 +41,7 @@ MD5 = {
     VAL: "29b22e2961454d5413ddabcf34fc5622",
     DEVKIT: "fa75699e90414af021442c21a62c3abf",
 }
+VAL_NUMBER = re.compile(r"_(\d+)$", re.ASCII)
 IS_UNIQUE = re.compile(r"n\d{8}_|ILSVRC")
 """Names of ImageNet's own files; of others, as 0.jpg, each class may have one."""
 MAGIC = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
@@ -99,7 +100,7 @@ def find_tars(job: Job, source: Path, sums: Path | None) -> Source:
     synsets, truth = read_devkit(source / DEVKIT, job.scratch) if (source / DEVKIT) in there else ({}, [])
     if (source / TRAIN) in there:
         inner = sorted(list_tar(source / TRAIN), key=lambda member: member.name)
-        wnids = [member.name.removesuffix(".tar") for member in inner]
+        wnids = [member.name.rpartition("/")[2].removesuffix(".tar") for member in inner]
         for number, member in enumerate(inner):
             listed = functools.partial(list_class, member=member, cls=str(number))
             parts.append(Part(member.name, listed, f"{stamp_file(source / TRAIN)} {member.name}"))
@@ -108,13 +109,25 @@ def find_tars(job: Job, source: Path, sums: Path | None) -> Source:
     if synsets:
         write_names(job, wnids, dict(synsets.values()))
     if (source / VAL) in there:
-        numbers = {wnid: str(place) for place, wnid in enumerate(wnids)}
-        labels = [numbers[synsets[place][0]] for place in truth]
+        labels = number_truth(truth, synsets, wnids)
         if not labels:
             notes.append(f"validation images have no labels: {DEVKIT}, which holds them, is not in {source}")
         listed = functools.partial(list_val, archive=source / VAL, labels=labels)
         parts.append(Part(VAL, listed, f"{stamp_file(source / VAL)} {labels}"))
     return Source(parts=parts, classes=wnids or None, origin=origin, notes=notes)
+
+
+def number_truth(truth: list[int], synsets: dict[int, tuple[str, str]], wnids: list[str]) -> list[str]:
+    """The label of each validation image. ValueError where train lacks its class."""
+    numbers = {wnid: str(place) for place, wnid in enumerate(wnids)}
+    wanted = [synsets[place][0] if place in synsets else f"number {place}" for place in truth]
+    unknown = sorted({wnid for wnid in wanted if wnid not in numbers})
+    if unknown:
+        raise ValueError(
+            f"{DEVKIT} labels validation images with {len(unknown)} classes that {TRAIN} lacks: "
+            f"{', '.join(unknown[:5])}; get both again, or leave {VAL} out of the folder"
+        )
+    return [numbers[wnid] for wnid in wanted]
 
 
 def list_class(scratch: Path, member: Member, cls: str) -> Iterator[Found | Skipped]:
@@ -125,17 +138,23 @@ def list_class(scratch: Path, member: Member, cls: str) -> Iterator[Found | Skip
 def list_val(scratch: Path, archive: Path, labels: list[str]) -> Iterator[Found | Skipped]:
     """The label of ILSVRC2012_val_00000001.JPEG is the first."""
     for image in list_tar(archive):
-        number = int(stem_of(image.name).rpartition("_")[2])
-        if labels and number > len(labels):
+        number = VAL_NUMBER.search(stem_of(image.name))
+        if number is None:
+            yield Skipped(image.name, "has no number in its name, as images of ImageNet have")
+            continue
+        if labels and not 0 < int(number[1]) <= len(labels):
             raise ValueError(
-                f"{archive} holds {image.name}, but the devkit has {len(labels)} labels; get both again"
+                f"{archive} holds {image.name}, but the devkit has {len(labels)} labels, from number 1; get both again"
             )
-        yield make_found(image, "val", labels[number - 1] if labels else None)
+        yield make_found(image, "val", labels[int(number[1]) - 1] if labels else None)
 
 
 def make_found(image: Member, split: str, cls: str | None) -> Found | Skipped:
     if not image.where.size:
         return Skipped(image.name, "is empty")
+    ending = os.path.splitext(image.name)[1].lower()
+    if ending not in (".jpeg", ".jpg"):
+        return Skipped(image.name, f"{ending} is no image of ImageNet's tars")
     members: dict[str, Stored | str] = {"jpg": image.where}
     if cls is not None:
         members["cls"] = cls
@@ -149,18 +168,25 @@ def stem_of(name: str) -> str:
 def read_devkit(archive: Path, scratch: Path) -> tuple[dict[int, tuple[str, str]], list[int]]:
     """(ILSVRC's number -> (WordNet's id, words) of the classes; the number of each validation image)"""
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
     members = {member.name.rpartition("/")[2]: member.where for member in list_tar(unpack(archive, scratch))}
     meta, truth = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
     if not {meta, truth} <= members.keys():
         raise ValueError(f"{archive} lacks {meta} or {truth}; get it again")
-    synsets = loadmat(io.BytesIO(read_member(members[meta])), squeeze_me=True)["synsets"]
-    classes = {
-        int(row["ILSVRC2012_ID"]): (str(row["WNID"]), str(row["words"]))
-        for row in synsets
-        if int(row["num_children"]) == 0  # others are groups of classes
-    }
-    return classes, [int(line) for line in read_member(members[truth]).split()]
+    try:
+        synsets = loadmat(io.BytesIO(read_member(members[meta])), squeeze_me=True)["synsets"]
+        classes = {
+            int(row["ILSVRC2012_ID"]): (str(row["WNID"]), str(row["words"]))
+            for row in synsets
+            if int(row["num_children"]) == 0  # others are groups of classes
+        }
+        numbers = [int(line) for line in read_member(members[truth]).split()]
+    except (MatReadError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{archive}: {meta} or {truth} is damaged: {error}; get it again") from error
+    if not numbers:
+        raise ValueError(f"{archive}: {truth} is empty; get it again")
+    return classes, numbers
 
 
 def read_member(where: Stored) -> bytes:

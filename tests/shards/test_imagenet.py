@@ -36,16 +36,20 @@ TRAIN_IMAGES = {
 VAL_IMAGES = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": picture(90 + i) for i in range(5)}
 
 
-def devkit() -> bytes:
+def devkit(truth: bytes | None = None, meta: bytes | None = None) -> bytes:
     """meta.mat with three classes, given out of order, and a group of them; the truth by the devkit's numbers."""
     kinds = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("num_children", "f8")]
     rows = [(ILSVRC_ID[n], wnid, f"name {n}, other", 0) for n, wnid in reversed(list(enumerate(WNIDS)))]
     synsets = np.array([*rows, (1001, "n00001740", "entity", 3)], dtype=kinds)
     file = io.BytesIO()
     savemat(file, {"synsets": synsets.reshape(-1, 1)})
-    truth = "".join(f"{ILSVRC_ID[n]}\n" for n in TRUTH).encode()
+    if truth is None:
+        truth = "".join(f"{ILSVRC_ID[n]}\n" for n in TRUTH).encode()
     folder = "ILSVRC2012_devkit_t12/data"
-    files = {f"{folder}/meta.mat": file.getvalue(), f"{folder}/ILSVRC2012_validation_ground_truth.txt": truth}
+    files = {
+        f"{folder}/meta.mat": file.getvalue() if meta is None else meta,
+        f"{folder}/ILSVRC2012_validation_ground_truth.txt": truth,
+    }
     return tar_of(files, "w:gz")
 
 
@@ -100,6 +104,38 @@ def test_without_the_devkit_validation_images_have_no_labels_and_that_is_said(ta
     status, said = prepare("imagenet", source, "--out", tmp_path / "out", "--checksums", sums)
     assert status == 0 and "validation images have no labels" in said, said
     assert made(tmp_path / "out") == expected(with_val_labels=False)
+
+
+def test_a_devkit_that_is_damaged_or_of_other_tars_is_named(tars, tmp_path):
+    """So is a number of an image that no label has: 0 took the last one's."""
+    less = tar_of({f"{wnid}.tar": tar_of(TRAIN_IMAGES[wnid]) for wnid in WNIDS[:2]})
+    for number, (files, words) in enumerate(
+        [
+            ({DEVKIT: devkit(meta=b"no matrix")}, "meta.mat or"),
+            ({DEVKIT: devkit(b"7\nx\n")}, "is damaged: invalid literal"),
+            ({DEVKIT: devkit(b"")}, "ground_truth.txt is empty"),
+            ({DEVKIT: devkit(b"7\n99\n")}, f"1 classes that {TRAIN} lacks: number 99"),
+            ({TRAIN: less}, f"1 classes that {TRAIN} lacks: n02100735"),
+            ({VAL: tar_of({"ILSVRC2012_val_00000000.JPEG": b"x"})}, "labels, from number 1"),
+        ]
+    ):
+        source, sums = write_tars(tmp_path / str(number), tars | files)
+        status, said = prepare("imagenet", source, "--out", tmp_path / "out", "--checksums", sums)
+        assert status == 2 and words in said, said
+
+
+def test_members_of_the_tars_that_are_no_images_are_listed(tars, tmp_path):
+    """Tars may also begin with a folder, as those that were packed again do."""
+    inner = {f"train/{w}.tar": tar_of(images | {"README.txt": b"x"}) for w, images in TRAIN_IMAGES.items()}
+    files = tars | {TRAIN: tar_of(inner), VAL: tar_of(VAL_IMAGES | {"notes.JPEG": b"x"})}
+    source, sums = write_tars(tmp_path, files)
+    status, said = prepare("imagenet", source, "--out", tmp_path / "out", "--checksums", sums)
+    assert status == 0 and made(tmp_path / "out") == expected(), said
+    assert skipped(tmp_path / "out") == {
+        "README.txt": ".txt is no image of ImageNet's tars",
+        "notes.JPEG": "has no number in its name, as images of ImageNet have",
+    }
+    assert json.loads((tmp_path / "out/classes.json").read_text()) == list(WNIDS)
 
 
 def test_tars_with_another_md5_are_refused(tars, tmp_path):
