@@ -102,6 +102,8 @@ def unpack(path: Path, scratch: Path, inside: Stored | None = None) -> Path:
         try:
             with opener(window) as content:
                 write_bytes(plain, lambda out: shutil.copyfileobj(content, out, CHUNK))
-        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno:  # the disk's; those of gzip and bz2 have none
+                raise
             raise ValueError(f"{path} is damaged or truncated: {error}; get it again") from error
     return plain

@@ -33,8 +33,6 @@ def read_rows(
     split_row: Callable[[dict[str, Any]], tuple[bytes, dict[str, Any]]],
 ) -> Iterator[Row]:
     """Every row of a file in stored order. `split_row`: a row -> its bytes, and what else of it is to be kept."""
-    import pyarrow
-
     plain = (
         scratch / f"{path.stem}-{hashlib.sha256(f'{path} {stamp_file(path)}'.encode()).hexdigest()[:8]}.rows"
     )
@@ -48,39 +46,44 @@ def read_rows(
             kept.append((offset, len(content), values))
             offset += len(content)
 
-    try:
-        write_bytes(plain, write)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is damaged or no parquet file: {error}; get it again") from error
+    write_bytes(plain, write)
     for number, (offset, size, values) in enumerate(kept):
         yield Row(number, Stored(str(plain), offset, size), values)
 
 
 def iterate(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
     """The rows; of `columns` those that the file has."""
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    with ParquetFile(path) as file:
-        missing = [name for name in columns if name not in file.schema_arrow.names]
-        if missing:
-            raise ValueError(
-                f"{path} has the columns {', '.join(file.schema_arrow.names)}, but not {', '.join(missing)}"
-            )
-        for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
-            yield from batch.to_pylist()
+    try:
+        with ParquetFile(path) as file:
+            missing = [name for name in columns if name not in file.schema_arrow.names]
+            if missing:
+                raise ValueError(
+                    f"{path} has the columns {', '.join(file.schema_arrow.names)}, but not {', '.join(missing)}"
+                )
+            for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
+                yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the disk's
+            raise
+        raise ValueError(f"{path} is damaged or no parquet file: {error}; get it again") from error
 
 
 def class_names(path: Path, column: str) -> list[str] | None:
     """Those that Hugging Face's `datasets` wrote into a file's schema."""
-    import pyarrow
+    from pyarrow import ArrowException
     from pyarrow.parquet import read_schema
 
     try:
         metadata = read_schema(path).metadata or {}
-    except pyarrow.ArrowException as error:
+    except ArrowException as error:
         raise ValueError(f"{path} is damaged or no parquet file: {error}; get it again") from error
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return features.get(column, {}).get("names")
+    try:
+        return list(json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"])
+    except (ValueError, LookupError, TypeError):  # none, or of another form
+        return None
 
 
 def split_of(path: Path) -> str:
