@@ -253,29 +253,49 @@ def list_folder(scratch: Path, folder: Path, split: str, cls: str) -> Iterator[F
 
 def find_tables(tables: list[Path]) -> Source:
     """A part for each file."""
+    named = {path: names for path in tables if (names := class_names(path, "label"))}
+    for path, names in named.items():
+        first, classes = next(iter(named.items()))
+        if names != classes:
+            raise ValueError(f"{first} and {path} name their classes differently; give files of one data set")
+    classes = next(iter(named.values()), None)
     parts = [
-        Part(path.name, functools.partial(list_table, path=path), f"{path} {stamp_file(path)}")
+        Part(
+            path.name,
+            functools.partial(list_table, path=path, classes=classes),
+            f"{path} {stamp_file(path)}",
+        )
         for path in tables
     ]
     origin = [{"file": path.name, "size": path.stat().st_size, "checksum": None} for path in tables]
-    return Source(parts=parts, classes=class_names(tables[0], "label"), origin=origin)
+    return Source(parts=parts, classes=classes, origin=origin)
 
 
-def list_table(scratch: Path, path: Path) -> Iterator[Found | Skipped]:
+def list_table(scratch: Path, path: Path, classes: list[str] | None) -> Iterator[Found | Skipped]:
     """The rows of a file: `image` is {bytes, path}, `label` a number, negative where it is not told."""
+
+    def split_image(row: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+        image, label = row["image"] or {}, row["label"]
+        if not isinstance(image, dict):
+            raise ValueError(
+                f"{path}: its column image holds {type(image).__name__}, not bytes and path as Hugging Face writes it"
+            )
+        if not isinstance(label, int | None) or isinstance(label, bool):
+            raise ValueError(f"{path}: its column label holds {str(label)[:40]!r}, which is no whole number")
+        if classes and label is not None and label >= len(classes):
+            raise ValueError(f"{path}: its column label holds {label}, but it names {len(classes)} classes")
+        content = image.get("bytes") or b""
+        ending = next((ending for magic, ending in MAGIC.items() if content.startswith(magic)), None)
+        return content, {"ending": ending, "path": image.get("path"), "label": label}
+
     for row in read_rows(path, scratch, ["image", "label"], split_image):
-        name = row.values["path"] or f"{path.stem}-{row.number:06d}"
         if row.values["ending"] is None:
             yield Skipped(f"{path}, row {row.number}", "is empty, or neither JPEG, PNG nor WebP")
             continue
         members: dict[str, Stored | str] = {row.values["ending"]: row.where}
         if row.values["label"] is not None and row.values["label"] >= 0:
             members["cls"] = str(row.values["label"])
-        yield Found(make_key(stem_of(name) if row.values["path"] else name), split_of(path), members)
-
-
-def split_image(row: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    image = row["image"] or {}
-    content = image.get("bytes") or b""
-    ending = next((ending for magic, ending in MAGIC.items() if content.startswith(magic)), None)
-    return content, {"ending": ending, "path": image.get("path"), "label": row["label"]}
+        name = stem_of(row.values["path"] or "")
+        if not IS_UNIQUE.match(name):
+            name = f"{path.stem}-{row.number:06d}"
+        yield Found(make_key(name), split_of(path), members)

@@ -218,11 +218,56 @@ def test_parquet_files_of_hugging_face_are_taken(tmp_path):
 
 
 def test_a_damaged_parquet_file_is_refused(tmp_path):
+    """Cut, or overwritten in its pages."""
     write_tables(tmp_path / "src")
     path = tmp_path / "src/train-00000-of-00002.parquet"
-    path.write_bytes(path.read_bytes()[:-100])
+    whole = path.read_bytes()
+    for content in (whole[:-100], whole[:40] + bytes(500) + whole[540:]):
+        path.write_bytes(content)
+        status, said = prepare("imagenet", tmp_path / "src", "--out", tmp_path / "out")
+        assert status == 2 and f"{path} is damaged or no parquet file" in said, said
+
+
+def write_rows(path, rows: list[dict], names: object = None):
+    """A parquet file, with class names in its schema as `datasets` writes them, if they are given."""
+    table = pyarrow.Table.from_pylist(rows)
+    if names is not None:
+        features = {"info": {"features": {"label": {"names": names}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path)
+
+
+def row(label: object, seed: int = 0, path: str | None = None) -> dict:
+    return {"image": {"bytes": picture(seed), "path": path}, "label": label}
+
+
+def test_parquet_with_columns_that_hold_something_else_is_refused(tmp_path):
+    for number, (rows, words) in enumerate(
+        [
+            ([row("cat")], "label holds 'cat', which is no whole number"),
+            ([row(0.5)], "label holds '0.5'"),
+            ([row(True)], "label holds 'True'"),
+            ([row(0) | {"image": b"x"}], "image holds bytes, not bytes and path"),
+            ([row(0), row(2)], "label holds 2, but it names 2 classes"),
+        ]
+    ):
+        write_rows(tmp_path / str(number) / "train-0.parquet", rows, ["a", "b"])
+        status, said = prepare("imagenet", tmp_path / str(number), "--out", tmp_path / "out")
+        assert status == 2 and words in said, said
+
+
+def test_class_names_are_those_of_any_file_and_rows_of_one_name_are_kept(tmp_path):
+    """The test file comes first; schemas of another form name nothing."""
+    write_rows(tmp_path / "src/test-0.parquet", [row(-1)], 5)
+    write_rows(tmp_path / "src/train-0.parquet", [row(0, 1, "0.jpg"), row(1, 2, "0.jpg")], ["a", "b"])
     status, said = prepare("imagenet", tmp_path / "src", "--out", tmp_path / "out")
-    assert status == 2 and "damaged or no parquet file" in said, said
+    assert status == 0 and json.loads((tmp_path / "out/classes.json").read_text()) == ["a", "b"], said
+    train = read_shards(tmp_path / "out", "*train*.tar")
+    assert train == {f"train-0-00000{i}": {"jpg": picture(i + 1), "cls": b"%d" % i} for i in range(2)}
+    write_rows(tmp_path / "src/validation-0.parquet", [row(0)], ["b", "a"])
+    status, said = prepare("imagenet", tmp_path / "src", "--out", tmp_path / "two")
+    assert status == 2 and "name their classes differently" in said
 
 
 @pytest.mark.slow
