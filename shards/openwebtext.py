@@ -67,7 +67,7 @@ def find_parts(job: Job, source: Path | None, arguments: argparse.Namespace) -> 
     elif source.is_dir() and (source / ARCHIVE).is_file():
         source = source / ARCHIVE
     draw = functools.partial(draw_split, seed=job.seed, val=arguments.val)
-    if source.is_file():
+    if source.is_file() and not is_archive(source.name) and source.suffix != ".parquet":
         job.say(f"checking {source}")
         verify(source, remote.checksum, job.work / "verified")
         job.say("unpacking the outer archive")
@@ -78,11 +78,11 @@ def find_parts(job: Job, source: Path | None, arguments: argparse.Namespace) -> 
         origin = [{"file": source.name, "size": source.stat().st_size, "checksum": remote.checksum}]
         stamp = stamp_file(source)
     else:
-        tables = sorted(source.rglob("*.parquet"))
+        paths = [source] if source.is_file() else sorted(filter(Path.is_file, source.rglob("*")))
+        tables = [path for path in paths if path.suffix == ".parquet"]
         if tables:
             return find_tables(tables, draw)
-        paths = sorted(path for path in source.rglob("*") if is_archive(path.name) and path.is_file())
-        inner = [Member(str(path), whole(path)) for path in paths]
+        inner = [Member(str(path), whole(path)) for path in paths if is_archive(path.name)]
         origin, stamp = [], ""
     if not inner:
         raise ValueError(f"{source} holds neither {ARCHIVE}, nor archives *_data.xz, nor parquet files")
@@ -124,10 +124,14 @@ def list_archive(scratch: Path, member: Member, draw: Any) -> Iterator[Found | S
 
 
 def find_tables(tables: list[Path], draw: Any) -> Source:
+    """A part for each file; folders below the one that holds all belong to keys."""
+    root = os.path.commonpath([path.parent for path in tables])
     parts = [
         Part(
             path.name,
-            functools.partial(list_table, path=path, draw=draw),
+            functools.partial(
+                list_table, path=path, name=make_key(str(path.relative_to(root).with_suffix(""))), draw=draw
+            ),
             f"{path} {stamp_file(path)} {draw.keywords}",
         )
         for path in tables
@@ -136,7 +140,7 @@ def find_tables(tables: list[Path], draw: Any) -> Source:
     return Source(parts=parts, origin=origin)
 
 
-def list_table(scratch: Path, path: Path, draw: Any) -> Iterator[Found | Skipped]:
+def list_table(scratch: Path, path: Path, name: str, draw: Any) -> Iterator[Found | Skipped]:
     """The rows of a parquet file, whose column `text` holds a document each."""
 
     def split_row(row: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
@@ -145,7 +149,7 @@ def list_table(scratch: Path, path: Path, draw: Any) -> Iterator[Found | Skipped
         return (row["text"] or "").encode(), {}
 
     for row in read_rows(path, scratch, ["text"], split_row):
-        key = f"{make_key(path.stem)}/{row.number:07d}"
+        key = f"{name}/{row.number:07d}"
         if row.where.size:
             yield Found(key, draw(key), {"txt": row.where})
         else:

@@ -1,5 +1,6 @@
 """`d2v prepare openwebtext`: tars inside tars, or parquet, become one plain text a sample."""
 
+import bz2
 import lzma
 
 import pyarrow
@@ -82,17 +83,43 @@ def test_parquet_files_are_taken(tmp_path):
     assert status == 2 and "its column text holds 5, which is no text" in said
 
 
+def test_parquet_files_of_one_name_in_two_folders_are_both_kept(tmp_path):
+    """As Hugging Face's converted copies lie; keys begin with the folder."""
+    for split in ("a", "b"):
+        (tmp_path / "src" / split).mkdir(parents=True)
+        parquet.write_table(pyarrow.table({"text": [split]}), tmp_path / "src" / split / "0000.parquet")
+    assert prepare("openwebtext", tmp_path / "src", "--out", tmp_path / "out")[0] == 0
+    samples = read_shards(tmp_path / "out")
+    assert samples == {f"{split}/0000/0000000": {"txt": split.encode()} for split in ("a", "b")}
+
+
+def test_a_single_parquet_file_or_inner_archive_is_taken(tmp_path):
+    """The published checksum is that of the outer archive."""
+    parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / "0.parquet")
+    status, said = prepare("openwebtext", tmp_path / "0.parquet", "--out", tmp_path / "1")
+    assert status == 0 and read_shards(tmp_path / "1") == {"0/0000000": {"txt": b"x"}}, said
+    write_tree(tmp_path, {"urlsf_subset00-1_data.xz": lzma.compress(tar_of(text_files(0)))})
+    status, said = prepare(
+        "openwebtext", tmp_path / "urlsf_subset00-1_data.xz", "--out", tmp_path / "2", "--val", 0
+    )
+    assert status == 0 and len(read_shards(tmp_path / "2")) == 8, said
+
+
 def test_another_archive_than_the_published_one_is_refused(tmp_path):
     source = write_tree(tmp_path / "src", {ARCHIVE: ARCHIVE_BYTES})
     status, said = prepare("openwebtext", source, "--out", tmp_path / "out")
     assert status == 2 and SHA256 in said
 
 
-def test_a_truncated_inner_archive_is_refused(tmp_path):
-    inner = lzma.compress(tar_of(text_files(0)))
-    source = write_tree(tmp_path / "src", {"urlsf_subset00-1_data.xz": inner[:-50]})
-    status, said = prepare("openwebtext", source, "--out", tmp_path / "out")
-    assert status == 2 and "urlsf_subset00-1_data.xz is damaged or truncated" in said
+def test_a_damaged_inner_archive_is_refused(tmp_path):
+    """Cut, or of wrong bytes in bzip2's own check."""
+    inner = tar_of(text_files(0))
+    packed = bytearray(bz2.compress(inner))
+    packed[len(packed) // 2] ^= 255
+    for content in (lzma.compress(inner)[:-50], bytes(packed)):
+        source = write_tree(tmp_path / "src", {"urlsf_subset00-1_data.xz": content})
+        status, said = prepare("openwebtext", source, "--out", tmp_path / "out")
+        assert status == 2 and "urlsf_subset00-1_data.xz is damaged or truncated" in said, said
 
 
 @pytest.mark.slow
