@@ -202,9 +202,17 @@ def list_utterances(files: Iterable[tuple[str, Stored]], split: str) -> Iterator
     for name, where in files:
         base = name.rpartition("/")[2]
         if base.endswith(".flac"):
-            sounds[base[: -len(".flac")]] = where
+            key = base[: -len(".flac")]
+            if not where.size:
+                yield Skipped(name, "is empty")
+            elif key in sounds:
+                yield Skipped(name, f"key {key} is there already")
+            else:
+                sounds[key] = where
         elif base.endswith(".trans.txt"):
-            texts |= read_transcripts(name, where)
+            for key, text in read_transcripts(name, where):
+                if texts.setdefault(key, text) != text:
+                    yield Skipped(f"{name}, {key}", "has another transcript already")
     for key in sorted(sounds):
         if key in texts:
             yield Found(key, split, {"flac": sounds[key], "txt": texts[key]})
@@ -214,15 +222,19 @@ def list_utterances(files: Iterable[tuple[str, Stored]], split: str) -> Iterator
         yield Skipped(f"{key}.flac", "is named in the transcripts, but not there")
 
 
-def read_transcripts(name: str, where: Stored) -> dict[str, str]:
+def read_transcripts(name: str, where: Stored) -> Iterator[tuple[str, str]]:
     with open(where.file, "rb") as file:
         file.seek(where.offset)
         content = file.read(where.size)
     try:
-        lines = content.decode("utf-8").splitlines()
+        lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 ({error}); get the archive again") from error
-    parted = [line.partition(" ") for line in lines if line.strip()]
-    if not all(text.strip() for _, _, text in parted):
-        raise ValueError(f"{name} has a line that is not `<utterance> <transcript>`; get the archive again")
-    return {key: text for key, _, text in parted}
+    for number, line in enumerate(lines, 1):
+        key, _, text = line.removesuffix("\r").partition(" ")
+        if text.strip():
+            yield key, text
+        elif line.strip():
+            raise ValueError(
+                f"{name}, line {number}: {line[:60]!r} is not `<utterance> <transcript>`; get the archive again"
+            )

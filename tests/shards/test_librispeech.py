@@ -23,8 +23,8 @@ def short_waits(monkeypatch):
     monkeypatch.setattr(download, "FIRST_WAIT", 0.001)
 
 
-def expected(part: str) -> dict[str, dict[str, bytes]]:
-    files = speech_files(part)
+def expected(part: str, speakers: int = 3) -> dict[str, dict[str, bytes]]:
+    files = speech_files(part, speakers)
     texts = {}
     for name, content in files.items():
         if name.endswith(".trans.txt"):
@@ -142,6 +142,40 @@ def test_utterances_without_transcript_and_transcripts_without_utterance_are_lis
     (source / text).write_bytes(b"100-7000-0000 \xff\n")
     status, said = prepare("librispeech", source, "--out", tmp_path / "two", "--parts", "dev-clean")
     assert status == 2 and "7000.trans.txt is not UTF-8" in said
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_utterances_that_come_twice_or_are_empty_are_listed(tmp_path, is_packed):
+    """The first stays: sounds were replaced by the last, and empty ones packed, in silence."""
+    files = speech_files("dev-clean", 1)
+    folder = "LibriSpeech/dev-clean/100/7000"
+    files[f"{folder}/100-7000-0001.flac"] = b""
+    files[f"{folder}9/100-7000-0002.flac"] = b"another"
+    files[f"{folder}9/100-7000.trans.txt"] = b"100-7000-0003 ANOTHER\n"
+    packed = {"dev-clean.tar": tar_of(files)}
+    source = write_tree(tmp_path / "src", packed if is_packed else files)
+    sums = write_tree(tmp_path, {"sums": checksums(packed)}) / "sums"
+    settings = ("--parts", "dev-clean", "--checksums", sums)
+    status, said = prepare("librispeech", source, "--out", tmp_path / "out", *settings)
+    wanted = expected("dev-clean", 1)
+    del wanted["100-7000-0001"]
+    assert status == 0 and read_shards(tmp_path / "out") == wanted, said
+    prefix = "" if is_packed else f"{source}/"
+    assert skipped(tmp_path / "out") == {
+        f"{prefix}{folder}/100-7000-0001.flac": "is empty",
+        f"{prefix}{folder}9/100-7000-0002.flac": "key 100-7000-0002 is there already",
+        f"{prefix}{folder}9/100-7000.trans.txt, 100-7000-0003": "has another transcript already",
+        "100-7000-0001.flac": "is named in the transcripts, but not there",
+    }
+
+
+def test_a_line_of_transcripts_that_is_none_is_named(tmp_path):
+    """A line ends at a line feed alone."""
+    files = speech_files("dev-clean", 1)
+    (texts,) = [name for name in files if name.endswith(".trans.txt")]
+    source = write_tree(tmp_path / "src", files | {texts: "100-7000-0000 A\u2028B\r\n100-7000-0001 \n"})
+    status, said = prepare("librispeech", source, "--out", tmp_path / "out", "--parts", "dev-clean")
+    assert status == 2 and "trans.txt, line 2: '100-7000-0001 ' is not" in said
 
 
 @pytest.mark.parametrize("cut", ["gz", "tar"])
