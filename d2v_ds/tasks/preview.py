@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from d2v_ds.modalities.image.samples import MAX_PIXELS, UNDECODABLE, decode_imag
 
 UNITS = {"image": "pixels a side (geometric mean)", "sound": "seconds", "text": "characters"}
 COLUMNS = 4
+MAX_SHOWN = 300
+"""Samples of a sheet: pictures have at most 65,535 rows of pixels, and a tile takes 208."""
+MAX_ROWS = 310
 MAX_TEXT = 1 << 20  # bytes; of a longer member the beginning is shown
 _SHOWN_SECONDS = 60
 
@@ -46,6 +50,8 @@ def preview(
     for name, value in (("--samples", num_shown), ("--measured", num_measured)):
         if value < 1:
             raise ValueError(f"{name} {value} must be 1 or more")
+    if num_shown > MAX_SHOWN:
+        raise ValueError(f"--samples {num_shown} must be at most {MAX_SHOWN}, which one picture has room for")
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
         raise ValueError(f"--out {out} is a folder, or may not be written; give another name")
@@ -246,8 +252,16 @@ def draw(summary: dict[str, Any], samples: list[dict[str, Any]], out: Path) -> N
 
     tiles = [tile for sample in samples for tile in _tiles(sample)]
     histograms = [(e, m["lengths"]) for e, m in summary["members"].items() if _is_telling(m)]
-    rows = -(-len(histograms) // COLUMNS) + -(-len(tiles) // COLUMNS)
-    figure = Figure(figsize=(4 * COLUMNS, 2.6 * max(rows, 1)), layout="constrained")
+    above = -(-len(histograms) // COLUMNS)
+    room = (MAX_ROWS - above) * COLUMNS
+    if len(tiles) > room:
+        tiles[room - 1 :] = [(f"{len(tiles) - room + 1} more have no room", {"text": ""})]
+    rows = above + -(-len(tiles) // COLUMNS)
+    width, height = 4 * COLUMNS, 2.6 * max(rows, 1)
+    figure = Figure(
+        figsize=(width, height)
+    )  # NOTE no layout engine: its time grows with the square of the tiles
+    figure.subplots_adjust(0.4 / width, 0.3 / height, 1 - 0.2 / width, 1 - 0.3 / height, 0.15, 0.25)
     FigureCanvasAgg(figure)
     axes = iter(figure.subplots(max(rows, 1), COLUMNS, squeeze=False).flat)
     for extension, lengths in histograms:
@@ -261,7 +275,9 @@ def draw(summary: dict[str, Any], samples: list[dict[str, Any]], out: Path) -> N
         _draw_tile(next(axes), title, content)
     for axis in axes:
         axis.axis("off")
-    figure.savefig(out, dpi=80, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # boxes stand for letters that no font has
+        figure.savefig(out, dpi=80, metadata={"Software": None})
 
 
 def _tiles(sample: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -299,7 +315,7 @@ def _draw_tile(axis: Any, title: str, member: dict[str, Any]) -> None:
     text = "\n".join(map(_drawable, text.split("\n")))
     wrapped = "\n".join(line[i : i + 60] for line in text.splitlines() for i in range(0, len(line), 60))
     axis.text(
-        0, 1, "\n".join(wrapped.splitlines()[:12]), fontsize=6, va="top", family="monospace",
+        0, 1, "\n".join(wrapped.splitlines()[:12]), fontsize=6, va="top", family=["monospace", "sans-serif"],
         parse_math=False, color="red" if "fault" in member else "black", transform=axis.transAxes,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from ranks import ROOT, SAMPLE
 
 from d2v_ds.cli import main
 from d2v_ds.data import build_index
+from d2v_ds.tasks import preview as sheet
 from d2v_ds.tasks.preview import recognise, spread
 
 
@@ -93,6 +94,23 @@ def test_names_that_are_no_utf8_are_said_and_drawn(tmp_path):
 
 def test_samples_are_spread_evenly():
     assert spread(10, 4).tolist() == [0, 3, 6, 9] and spread(3, 10).tolist() == [0, 1, 2]
+
+
+def test_a_sheet_has_bounds_and_letters_that_no_font_has_are_boxes(tmp_path, capsys, monkeypatch, recwarn):
+    """The layout engine took 20 minutes for 1,400 samples; a warning came for each letter."""
+    path = write_tar(
+        tmp_path / "a.tar", {f"{i:02d}.txt": "\u6f22 \u05e9\u05dc\u05d5\u05dd" for i in range(20)}
+    )
+    assert main(["preview", str(path), "--out", str(tmp_path / "a.png"), "--samples", "301"]) == 2
+    assert "--samples 301 must be at most 300" in capsys.readouterr().err
+    monkeypatch.setattr(sheet, "MAX_ROWS", 2)
+    monkeypatch.setattr(sheet, "_draw_tile", lambda axis, title, member: titles.append(title))
+    titles: list[str] = []
+    preview(path, tmp_path / "a.png", capsys, "--samples", "20")
+    assert len(titles) == 8 and titles[-1] == "13 more have no room"
+    monkeypatch.undo()
+    preview(path, tmp_path / "a.png", capsys, "--samples", "1")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_other_endings_are_refused(folder, tmp_path, capsys):
