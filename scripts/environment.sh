@@ -8,6 +8,7 @@
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${D2V_VENV:-$root/.venv}"
+case "$venv" in none | /*) ;; *) venv="$PWD/$venv" ;; esac
 extras="${D2V_EXTRAS-dev}"
 
 fail() { echo "error: $*" >&2; exit 1; }

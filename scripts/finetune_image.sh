@@ -25,7 +25,7 @@ data="${DATA:-shards/$dataset}"
 case "$dataset" in
     digits)
         data="${DATA:-data/digits}" train="images-train-*.tar" test="images-test-*.tar" recipe=finetune_image_tiny
-        compgen -G "$data/$test" > /dev/null || python -m shards.sample --images-only --out "$data"
+        any "$data"/$test || python -m shards.sample --images-only --out "$data"
         ;;
     imagenet) prepare_images "$data" ;;
     *)
@@ -42,5 +42,5 @@ if [ -f "$data/classes.json" ]; then # as many outputs as classes
     classes="$(python -c 'import json, sys; print(len(json.load(open(sys.argv[1]))))' "$data/classes.json")"
     settings+=("task.outputs=$classes")
 fi
-if compgen -G "$data/$test" > /dev/null; then settings+=("task.test=$test"); fi
+if any "$data"/$test; then settings+=("task.test=$test"); fi
 train "${RECIPE:-$recipe}" "${settings[@]}" "$@"

@@ -10,12 +10,15 @@ for name in DATA IMAGES SPEECH TEXT TOKENIZER OUT CHECKSUMS; do # environment.sh
     value="${!name:-}"
     case "$value" in "" | /* | *://*) ;; *) printf -v "$name" %s "$PWD/$value" ;; esac
 done
-[ ! -f "${RECIPE:-}" ] || RECIPE="$(realpath "$RECIPE")"
+for name in RECIPE DEEPSPEED; do
+    [ ! -f "${!name:-}" ] || printf -v "$name" %s "$(realpath "${!name}")"
+done
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+any() { [ -e "$1" ]; } # any GLOB: whether it matches something
 
 # absent DIR: whether there are no finished shards in it; what a kill left is gone on with.
-absent() { [[ "$1" != *://* ]] && [ ! -f "$1/manifest.json" ] && { [ -d "$1/.prepare" ] || ! compgen -G "$1/*.tar" > /dev/null; }; }
+absent() { [[ "$1" != *://* ]] && [ ! -f "$1/manifest.json" ] && { [ -d "$1/.prepare" ] || ! any "$1"/*.tar; }; }
 
 # fetched NAME ARGUMENTS: arguments of `d2v prepare`, and MIRROR and CHECKSUMS where they are set.
 fetched() {
@@ -28,8 +31,8 @@ prepare_images() { # IMAGES: a source; $1: where shards go
     [ -n "${IMAGES:-}" ] || fail "no shards in $1; set IMAGES to the folder of ImageNet's tars, of train/CLASS/, or of
 any pictures of your own (ImageNet wants registration, so it is not downloaded)"
     [ -e "$IMAGES" ] || fail "IMAGES=$IMAGES is not there"
-    if compgen -G "$IMAGES/ILSVRC2012_img_*.tar" > /dev/null || [ -d "$IMAGES/train" ] ||
-        compgen -G "$IMAGES/train-*.parquet" > /dev/null || compgen -G "$IMAGES/data/train-*.parquet" > /dev/null; then
+    if any "$IMAGES"/ILSVRC2012_img_*.tar || [ -d "$IMAGES/train" ] ||
+        any "$IMAGES"/train-*.parquet || any "$IMAGES"/data/train-*.parquet; then
         d2v prepare imagenet "$IMAGES" --out "$1" ${CHECKSUMS:+--checksums "$CHECKSUMS"} \
             ${SHARD_MIB:+--shard-mib "$SHARD_MIB"}
     else
@@ -46,9 +49,11 @@ prepare_speech() { # SPEECH: archives that are there, else they are downloaded; 
 
 prepare_text() { # TEXT: archives that are there, else they are downloaded; $1: where shards go
     if absent "$1"; then fetched openwebtext ${TEXT:+"$TEXT"} --out "$1" ${VAL:+--val "$VAL"}; fi
+    [[ "$1" != *://* || -n "${TOKENIZER:-}" ]] ||
+        fail "DATA=$1 is a URL; set TOKENIZER to the file of its tokenizer, or to one that is to be written"
     tokenizer="${TOKENIZER:-$1/sentencepiece.model}"
     [ -f "$tokenizer" ] ||
-        d2v tokenizer train "$1/*train*.tar" --out "$tokenizer" --vocabulary "${VOCABULARY:-32000}"
+        d2v tokenizer train "$1"/*train*.tar --out "$tokenizer" --vocabulary "${VOCABULARY:-32000}"
     text=("modalities.text.data.tokenizer=$tokenizer")
     if [ -z "${TOKENIZER:-}" ] || [ -n "${VOCABULARY:-}" ]; then
         text+=("modalities.text.vocabulary=${VOCABULARY:-32000}")
@@ -65,5 +70,12 @@ train() { # RECIPE and more key=value
         export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
         exec python train.py "${arguments[@]}"
     fi
-    exec deepspeed --num_accelerators "$gpus" train.py "${arguments[@]}"
+    local places=(--num_accelerators "$gpus") devices
+    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # which deepspeed ignores beside a number
+        IFS=, read -ra devices <<< "$CUDA_VISIBLE_DEVICES"
+        [ "$gpus" -le "${#devices[@]}" ] ||
+            fail "NUM_GPUS=$gpus, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names ${#devices[@]}"
+        places=(--include "localhost:$(IFS=,; echo "${devices[*]:0:gpus}")")
+    fi
+    exec deepspeed "${places[@]}" train.py "${arguments[@]}"
 }

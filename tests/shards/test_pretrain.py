@@ -13,6 +13,7 @@ from layouts import picture, sound
 from ranks import ROOT
 from runs import environment
 from server import Manners, serve
+from trees import write_tree
 
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("pretrain_*.sh"))
 SMALL = [
@@ -64,6 +65,54 @@ def test_images_that_are_not_there_are_asked_for(tmp_path):
     assert done.returncode == 1 and "set IMAGES to" in done.stderr
     done = run("pretrain_image.sh", DATA=str(tmp_path / "none"), IMAGES="nowhere", cwd=tmp_path)
     assert done.returncode == 1 and f"IMAGES={tmp_path}/nowhere is not there" in done.stderr
+
+
+def commands(tmp_path: Path, script: str, *arguments: str, **variables: str) -> list[str]:
+    """What a script would run, as lines: each command writes itself down, and does nothing."""
+    for place in ("bin", "v/bin"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        for name in ("python", "d2v", "deepspeed"):
+            if place == "bin" or name == "python":
+                file = tmp_path / place / name
+                file.write_text(f'#!/bin/bash\necho "{place}/{name} $*" >> "{tmp_path}/log"\n')
+                file.chmod(0o755)
+    (tmp_path / "log").write_text("")
+    path = f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"D2V_VENV": "none", "NUM_GPUS": "2", "PATH": path} | variables
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / script), *arguments],
+        cwd=tmp_path, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    return (tmp_path / "log").read_text().splitlines() + done.stderr.splitlines()
+
+
+def test_gpus_are_those_of_cuda_visible_devices(tmp_path):
+    """deepspeed takes the first ones where it is told a number."""
+    data = write_tree(tmp_path, {"s/a.tar": ""}) / "s"
+    *_, said = commands(tmp_path, "pretrain_image.sh", DATA=str(data), CUDA_VISIBLE_DEVICES="3,5,7")
+    assert said.startswith("bin/deepspeed --include localhost:3,5 train.py")
+    *_, said = commands(tmp_path, "pretrain_image.sh", DATA=str(data), CUDA_VISIBLE_DEVICES="3")
+    assert said == "error: NUM_GPUS=2, but CUDA_VISIBLE_DEVICES=3 names 1"
+
+
+def test_paths_are_those_of_the_caller_whatever_they_are_called(tmp_path):
+    """A folder with brackets is no pattern; the virtual environment and a DeepSpeed file may be relative, too."""
+    write_tree(tmp_path, {"a[1] b/x-train-0.tar": "", "ds.json": "{}"})
+    variables = {"DATA": "a[1] b", "DEEPSPEED": "ds.json", "CUDA_VISIBLE_DEVICES": ""}
+    first, last = commands(tmp_path, "pretrain_text.sh", **variables)
+    assert first.startswith(f"bin/d2v tokenizer train {tmp_path}/a[1] b/x-train-0.tar --out")
+    assert last.startswith(f"bin/deepspeed --num_accelerators 2 train.py --deepspeed {tmp_path}/ds.json")
+    said = commands(tmp_path, "pretrain_image.sh", D2V_VENV="v", NUM_GPUS="0", DATA="a[1] b")
+    assert said[-1].startswith("v/bin/python train.py")
+
+
+def test_shards_at_a_url_want_a_tokenizer_of_their_own(tmp_path):
+    """It was written into a folder `s3:`."""
+    said = commands(tmp_path, "pretrain_text.sh", DATA="s3://bucket/text")
+    assert said == [
+        "error: DATA=s3://bucket/text is a URL; set TOKENIZER to the file of its tokenizer, or to one that is to be "
+        "written"
+    ]
 
 
 @pytest.mark.slow
