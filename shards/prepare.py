@@ -322,7 +322,7 @@ def remove_listing(job: Job) -> None:
 
 
 def _finished(job: Job) -> dict[str, Any]:
-    manifest = json.loads((job.out / "manifest.json").read_bytes())
+    manifest = _read_manifest(job.out / "manifest.json")
     _refuse_different(job, manifest["settings"], "was made")
     for what in manifest["splits"].values():
         for row in what["shards"]:
@@ -334,6 +334,18 @@ def _finished(job: Job) -> dict[str, Any]:
                 )
     shutil.rmtree(job.work, ignore_errors=True)
     job.say(f"{job.out} is there already, complete and with these settings")
+    return manifest
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or not all(
+        isinstance(manifest.get(key), dict) for key in ("settings", "splits")
+    ):
+        raise ValueError(f"{path} is damaged or of another tool; give an empty or a new folder")
     return manifest
 
 

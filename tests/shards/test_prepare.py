@@ -156,6 +156,13 @@ def test_killed_while_it_begins_anew_it_does_not_take_the_listing_of_other_setti
     assert gone[-1] == "settings.json" and "listing.json" in gone
 
 
+@pytest.mark.parametrize("content", ["{x", "[1]", "null", '{"files": []}'])
+def test_a_manifest_of_another_tool_is_one_line(source, tmp_path, content):
+    write_tree(tmp_path, {"manifest.json": content})
+    status, said = prepare("folder", source, "--out", tmp_path)
+    assert status == 2 and f"{tmp_path}/manifest.json is damaged or of another tool" in said, said
+
+
 def test_two_runs_in_one_folder_do_not_meet(source, tmp_path, monkeypatch):
     monkeypatch.setattr("shards.prepare.LOCK_SECONDS", 0.3)
     out = tmp_path / "out"
