@@ -75,6 +75,8 @@ class Listing:
         record = json.loads((folder / "listing.json").read_text())
         self.splits: list[str] = record["splits"]
         self.num_skipped: int = record["skipped"]
+        self.archives: dict[str, str] = record["archives"]
+        """Files that hold many members, with their stamps when they were listed."""
         self.rows = np.load(folder / "rows.npy", mmap_mode="r", allow_pickle=False)
         self._open: dict[int, Any] = {}
         self._pid = os.getpid()
@@ -141,6 +143,7 @@ def list_part(number: int, part: Part, folder: Path, scratch: Path) -> int:
     if done.is_file():
         return len(np.load(done, mmap_mode="r", allow_pickle=False))
     rows, splits, skipped = [], [], []
+    archives: dict[str, str] = {}
 
     def write_lines(file: Any) -> None:
         offset = 0
@@ -150,6 +153,9 @@ def list_part(number: int, part: Part, folder: Path, scratch: Path) -> int:
                 continue
             if found.split not in splits:
                 splits.append(found.split)
+            for where in found.members.values():
+                if isinstance(where, Stored) and not where.is_whole and where.file not in archives:
+                    archives[where.file] = stamp_file(Path(where.file))
             line = json.dumps([found.key, found.split, found.members]).encode() + b"\n"
             sizes = [len(w.encode()) if isinstance(w, str) else w.size for w in found.members.values()]
             key = hash_key(f"{found.split}/{found.key}")
@@ -159,7 +165,9 @@ def list_part(number: int, part: Part, folder: Path, scratch: Path) -> int:
 
     write_bytes(folder / f"{number}.jsonl", write_lines)
     write_bytes(folder / f"{number}.skipped.jsonl", lambda file: write_skipped(file, skipped))
-    write_bytes(folder / f"{number}.splits.json", lambda file: file.write(json.dumps(splits).encode()))
+    write_bytes(
+        folder / f"{number}.found.json", lambda file: file.write(json.dumps([splits, archives]).encode())
+    )
     write_bytes(done, lambda file: np.save(file, np.array(rows, dtype=ROW), allow_pickle=False))
     return len(rows)
 
@@ -167,9 +175,11 @@ def list_part(number: int, part: Part, folder: Path, scratch: Path) -> int:
 def merge_parts(parts: list[Part], folder: Path) -> None:
     """Joins what all parts listed: of samples of a split with one key the first stays. ValueError if there is none."""
     tables, splits, skipped = [], [], []
+    archives: dict[str, str] = {}
     for number, part in enumerate(parts):
         table = np.load(_rows_file(number, part, folder), allow_pickle=False)
-        own = json.loads((folder / f"{number}.splits.json").read_text())
+        own, files = json.loads((folder / f"{number}.found.json").read_text())
+        archives |= files
         splits += [name for name in own if name not in splits]
         table["split"] = np.array([splits.index(name) for name in own] or [0], dtype="<u2")[table["split"]]
         tables.append(table)
@@ -177,7 +187,7 @@ def merge_parts(parts: list[Part], folder: Path) -> None:
     rows = np.concatenate([*tables, np.empty(0, dtype=ROW)])
     repeated = find_repeated(rows)
     write_bytes(folder / "rows.npy", lambda file: np.save(file, rows, allow_pickle=False))
-    record = {"splits": splits, "skipped": 0}
+    record = {"splits": splits, "skipped": 0, "archives": archives}
     if len(repeated):
         _write_record(folder, record)
         listing = Listing(folder)

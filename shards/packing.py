@@ -18,7 +18,7 @@ import numpy as np
 
 from d2v_ds.data import ShardIndex, build_index
 from d2v_ds.data.shard import load_index
-from shards.listing import Found, Listing, Skipped, Stored
+from shards.listing import Found, Listing, Skipped, Stored, stamp_file
 from shards.writer import TEMPORARY, HashedFile, Sample, write_bytes, write_tar
 
 MAX_OPEN = 32
@@ -107,7 +107,7 @@ def read_samples(shard: Shard, listing: Listing, dropped: list[Skipped]) -> Iter
     """The samples of a shard with their bytes; those that cannot be read any more go to `dropped`."""
     limit = max(1, len(shard.rows) // 100)
     kept = 0
-    with Archives() as archives:
+    with Archives(listing.archives) as archives:
         for row in shard.rows:
             found = listing.read(int(row))
             try:
@@ -141,7 +141,8 @@ def file_of(found: Found) -> str:
 class Archives:
     """Reads members by their place; files that hold many stay open."""
 
-    def __init__(self) -> None:
+    def __init__(self, stamps: dict[str, str]) -> None:
+        self._stamps = stamps
         self._open: dict[str, int] = {}
 
     def __enter__(self) -> Archives:
@@ -169,6 +170,8 @@ class Archives:
 
     def _descriptor(self, file: str) -> int:
         if file not in self._open:
+            if stamp_file(Path(file)) != self._stamps[file]:
+                raise ReadError("changed since it was listed")
             if len(self._open) >= MAX_OPEN:
                 os.close(self._open.pop(next(iter(self._open))))
             self._open[file] = os.open(file, os.O_RDONLY)

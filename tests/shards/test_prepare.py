@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 
 import pytest
+from corpora import tar_of
 from trees import all_bytes, noise, prepare, read_shards, start_prepare, write_tree
 
 from shards.pool import run_jobs
@@ -154,6 +155,18 @@ def test_killed_while_it_begins_anew_it_does_not_take_the_listing_of_other_setti
         patch.setattr(Path, "iterdir", lambda path: sorted(map(path.joinpath, os.listdir(path)), key=first))
         module.remove_listing(types.SimpleNamespace(work=work))
     assert gone[-1] == "settings.json" and "listing.json" in gone
+
+
+def test_an_archive_that_changed_after_it_was_listed_is_not_read(tmp_path, monkeypatch):
+    """Its bytes lie elsewhere now: texts of another archive came out, in silence."""
+    source = write_tree(tmp_path / "src", {"a_data.tar": tar_of({f"{i}.txt": b"old" for i in range(3)})})
+    with monkeypatch.context() as patch:
+        patch.setattr("shards.prepare.plan_shards", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare("openwebtext", source, "--out", tmp_path / "out")
+    write_tree(source, {"a_data.tar": tar_of({f"{i}.txt": b"new" for i in range(3)})})
+    status, said = prepare("openwebtext", source, "--out", tmp_path / "out")
+    assert status == 2 and "changed since it was listed" in said and "remove the output folder" in said, said
 
 
 @pytest.mark.parametrize("content", ["{x", "[1]", "null", '{"files": []}'])
