@@ -231,8 +231,8 @@ def nothing_found(lines: bytes) -> str:
 
 
 def _why_repeated(found: Found) -> tuple[str, str]:
-    stored = [where.file for where in found.members.values() if isinstance(where, Stored)]
-    return (stored or [found.key])[0], f"key {found.key} is there already"
+    files = [where.file for where in found.members.values() if isinstance(where, Stored) and where.is_whole]
+    return (files or [found.key])[0], f"key {found.key} is there already"
 
 
 def _rows_file(number: int, part: Part, folder: Path) -> Path:

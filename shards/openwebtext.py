@@ -114,8 +114,8 @@ def list_archive(scratch: Path, member: Member, draw: Any) -> Iterator[Found | S
     """The documents of one inner archive, with its name in their keys."""
     subset = make_key(Path(member.name).name.partition("_data")[0])
     plain = unpack(Path(member.name), scratch, member.where)
-    inside = None if plain != Path(member.name) else member.where
-    for document in list_tar(plain, inside):
+    inside = member.where if plain == Path(member.name) else whole(plain)
+    for document in list_tar(Path(member.name), inside):
         key = f"{subset}/{make_key(os.path.splitext(os.path.basename(document.name))[0])}"
         if not document.where.size:
             yield Skipped(f"{member.name}/{document.name}", "is empty")

@@ -8,7 +8,7 @@ import pytest
 from corpora import checksums, tar_of, text_files, web_archive
 from pyarrow import parquet
 from server import Manners, serve
-from trees import all_bytes, prepare, read_shards, start_prepare, write_tree
+from trees import all_bytes, prepare, read_shards, skipped, start_prepare, write_tree
 
 from shards import download
 from shards.openwebtext import ARCHIVE, SHA256
@@ -112,7 +112,7 @@ def test_another_archive_than_the_published_one_is_refused(tmp_path):
 
 
 def test_a_damaged_inner_archive_is_refused(tmp_path):
-    """Cut, or of wrong bytes in bzip2's own check."""
+    """Cut, of wrong bytes in bzip2's own check, or of something else than a tar."""
     inner = tar_of(text_files(0))
     packed = bytearray(bz2.compress(inner))
     packed[len(packed) // 2] ^= 255
@@ -120,6 +120,17 @@ def test_a_damaged_inner_archive_is_refused(tmp_path):
         source = write_tree(tmp_path / "src", {"urlsf_subset00-1_data.xz": content})
         status, said = prepare("openwebtext", source, "--out", tmp_path / "out")
         assert status == 2 and "urlsf_subset00-1_data.xz is damaged or truncated" in said, said
+    source = write_tree(tmp_path / "src", {"urlsf_subset00-1_data.xz": lzma.compress(b"no tar")})
+    status, said = prepare("openwebtext", source, "--out", tmp_path / "out")
+    assert status == 2 and f"{source}/urlsf_subset00-1_data.xz is no whole tar" in said, said
+
+
+def test_a_document_that_comes_twice_is_listed_by_its_key(tmp_path):
+    """The file that it was unpacked to is gone at the end."""
+    files = {"1.txt": b"one", "again/1.txt": b"two"}
+    source = write_tree(tmp_path / "src", {"a_data.xz": lzma.compress(tar_of(files))})
+    assert prepare("openwebtext", source, "--out", tmp_path / "out")[0] == 0
+    assert skipped(tmp_path / "out") == {"a/1": "key a/1 is there already"}
 
 
 @pytest.mark.slow
