@@ -134,8 +134,8 @@ class _Member(tarfile.TarInfo):
     """A size below zero sends tarfile back to where it was, for ever (CVE-2025-8194)."""
 
     def _block(self, count: int) -> int:
-        if count < 0:
-            raise tarfile.InvalidHeaderError("a size below zero")
+        if count < 0:  # no InvalidHeaderError, which tarfile takes for the end of the archive
+            raise tarfile.ReadError(f"a size below zero in the header at byte {self.offset}")
         return super()._block(count)
 
 

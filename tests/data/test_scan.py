@@ -1,6 +1,7 @@
 """A tar is indexed whole or refused with its fault named."""
 
 import gzip
+import io
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -83,6 +84,17 @@ def test_one_bit_wrong_in_a_header_is_an_error(write_shards: Writer) -> None:
     path.write_bytes(whole)
     with pytest.raises(ValueError, match=f"corrupt header at byte {offset}"):
         build_index(path)
+
+
+def test_a_last_member_with_a_pax_size_below_zero_is_an_error(tmp_path: Path) -> None:
+    """tarfile takes it for the end of the archive, after the member, and drops that in silence."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"))
+        last = tarfile.TarInfo("b.txt")
+        last.pax_headers, last.size = {"size": "-5"}, 5
+        tar.addfile(last, io.BytesIO(b"lost?"))
+    with pytest.raises(ValueError, match="a size below zero in the header"):
+        build_index(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize("garbage", [b"garbage", b"\0" * 700 + b"x"])
