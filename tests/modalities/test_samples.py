@@ -119,10 +119,11 @@ def test_a_picture_of_16_bits_keeps_its_shades() -> None:
         encoded(picture(31, 24), "jpeg")[:300],
         encoded(picture(31, 24))[:60] + b"\xff" * 40 + encoded(picture(31, 24))[100:],
         png_header(64, 64),
+        b"DDS " + struct.pack("<I", 124) + bytes(120),
     ],
 )
 def test_bytes_that_are_no_whole_picture_are_an_error(data: bytes) -> None:
-    """Empty, garbage, truncated, damaged, header only."""
+    """Empty, garbage, truncated, damaged, header only, of a kind that Pillow names and does not decode."""
     with pytest.raises(ValueError, match="undecodable image"):
         decode_image(data)
 
