@@ -256,29 +256,36 @@ def test_a_bomb_of_an_image_is_refused_by_its_header(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
-def flac(seconds: int, told: int | None = None) -> bytes:
+def flac(seconds: int, told: int | None = None, rate: int = 16_000, channels: int = 1) -> bytes:
     """Silence; its header says `told` seconds."""
     file = io.BytesIO()
-    soundfile.write(file, np.zeros(16_000 * seconds, dtype="int16"), 16_000, format="FLAC")
+    soundfile.write(file, np.zeros((rate * seconds, channels), dtype="int16"), rate, format="FLAC")
     content = bytearray(file.getvalue())
     if told:  # the last 36 bits of the 8 bytes with rate, channels and width
         (word,) = struct.unpack_from(">Q", content, 18)
-        struct.pack_into(">Q", content, 18, word >> 36 << 36 | 16_000 * told)
+        struct.pack_into(">Q", content, 18, word >> 36 << 36 | rate * told)
     return bytes(content)
 
 
 def test_a_sound_of_ten_hours_is_left_out_and_named_with_its_shard_and_reason(tmp_path: Path, caplog) -> None:
     """Nobody decodes it."""
-    sounds = [("long.flac", flac(1, 36_000)), ("noise.flac", b"noise"), ("good.flac", flac(1))]
+    bomb = flac(1, 3_500, rate=96_000, channels=8)  # an hour of it is 10 GB
+    sounds = [
+        ("long.flac", flac(1, 36_000)),
+        ("noise.flac", b"noise"),
+        ("good.flac", flac(1)),
+        ("wide.flac", bomb),
+    ]
     path = write_tar(tmp_path / "a.tar", sounds)
     config = load_recipe("multimodal_tiny", ["modalities.audio.data.fields=flac"]).modalities["audio"]
     source = open_source("audio", config, str(path))
     assert len(source.corpus) == 1 and source.corpus.key(0) == "a.tar:good"
     assert f"{path}: 1 samples without audio_samples" in caplog.text
     assert "as long: sound of 36000 s by its header is above the limit" in caplog.text
-    assert "as noise: undecodable sound" in caplog.text and "2 of 3 samples" in caplog.text
+    assert "as noise: undecodable sound" in caplog.text and "3 of 4 samples" in caplog.text
+    assert "as wide: sound of 3500 s at 96000 Hz in 8 channels by its header is above" in caplog.text
     (file,) = tmp_path.glob("a.tar.audio_samples*.faults.jsonl")
-    assert [json.loads(line)["key"] for line in file.read_text().splitlines()] == ["long", "noise"]
+    assert [json.loads(line)["key"] for line in file.read_text().splitlines()] == ["long", "noise", "wide"]
 
 
 # ---- data workers ----

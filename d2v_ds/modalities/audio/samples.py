@@ -29,6 +29,7 @@ LOUDEST = 1e15  # of PCM of 32 bits: 2e9; squares of larger values, and their su
 MAX_TAPS = 10**8
 UNKNOWN = 2**63 - 1  # frames that libsndfile gives where a FLAC says none
 MAX_SECONDS = 3600  # a longer one, or a header that lies, would fill the memory of a worker
+MAX_VALUES = 400_000_000  # of all channels, decoded: an hour of stereo at 48 kHz, 1.6 GB
 
 
 class AudioData(StreamConfig):
@@ -246,6 +247,11 @@ def sound_size(data: bytes) -> tuple[int, int]:
         raise ValueError(
             f"sound of {info.frames / info.samplerate:.0f} s by its header is above the limit of "
             f"{MAX_SECONDS} s; cut it into pieces"
+        )
+    if info.frames * info.channels > MAX_VALUES:
+        raise ValueError(
+            f"sound of {info.frames / info.samplerate:.0f} s at {info.samplerate} Hz in {info.channels} channels by "
+            f"its header is above the limit of {MAX_VALUES} values; cut it into pieces, or resample it"
         )
     return info.frames, info.samplerate
 
