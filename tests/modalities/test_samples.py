@@ -456,6 +456,16 @@ def test_short_and_broken_sounds_are_left_out_and_others_are_read_normalised(tmp
     assert waveform.std(unbiased=False).item() == pytest.approx(1, abs=1e-3)
 
 
+def test_sounds_of_less_than_two_frames_are_left_out_whatever_the_recipe_says(tmp_path: Path) -> None:
+    """A run would end at the first batch of them: of no frame or one nothing is hidden."""
+    write_shard(tmp_path / "a.tar", "wav", [sound(tone(n)) for n in (399, 400, 719, 720, 8000)])
+    config = config_of("audio", "data.shards=a.tar", "data.fields=wav", "data.min_seconds=0")
+    source = open_source("audio", config, str(tmp_path))
+    assert source.corpus.lengths.all().tolist() == [720, 8000]
+    batch = source.samples.collate([source.samples.read(source.corpus, 0)], draws_of(1))
+    assert batch.mask_NT.shape == (4, 2)
+
+
 # text
 
 

@@ -9,9 +9,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from d2v_ds.modalities.audio.samples import AudioData
+from d2v_ds.modalities.audio.samples import RATE, AudioData, num_samples
 from d2v_ds.model.decoder import Decoder
 from d2v_ds.model.encoder import Context, ModalityConfig, ModalityEncoder
 from d2v_ds.model.layers import Body, ConvBlock, LayerNormFp32
@@ -29,6 +30,16 @@ class AudioConfig(ModalityConfig):
     position_groups: int = 16
     position_pre_norm: bool = False
     data: AudioData = AudioData()
+
+    @model_validator(mode="after")
+    def hears_two_frames(self) -> AudioConfig:
+        fewest = num_samples(2, self.conv_layers) / RATE
+        if self.data.max_seconds < fewest:
+            raise ValueError(
+                f"data.max_seconds={self.data.max_seconds:g} crops sounds to less than two frames, one to hide and one "
+                f"to show; set {fewest:g} or more"
+            )
+        return self
 
 
 class StridedConv(nn.Conv1d):

@@ -38,8 +38,8 @@ class AudioData(StreamConfig):
     max_seconds: PositiveFloat = 20.0
     """Longer sounds are cropped at random; then all of a micro-batch are cropped to its shortest."""
     min_seconds: float = Field(2.0, ge=0, allow_inf_nan=False)
-    """Shorter sounds are left out."""
-    batch_seconds: PositiveFloat | None = None
+    """Shorter sounds are left out, and those of less than two frames: a mask hides one and shows one."""
+    batch_seconds: PositiveFloat | None = Field(None, allow_inf_nan=False)
     """A micro-batch holds sounds of like length, as many as number x longest <= this, and at most `batch`. None:
     `batch` of them, whatever their length."""
 
@@ -60,7 +60,7 @@ class AudioSamples:
         self.config = config
         self.fields = {"audio": config.data.fields}
         self.measure_name = column_name("audio_samples", config.data)
-        self.min_length = int(config.data.min_seconds * RATE)
+        self.min_length = max(int(config.data.min_seconds * RATE), num_samples(2, config.conv_layers))
 
     @staticmethod
     def measure(fields: dict[str, bytes]) -> int:
@@ -229,6 +229,13 @@ def num_frames(samples: int, conv_layers: tuple[tuple[int, int, int], ...]) -> i
     for _, kernel, stride in conv_layers:
         samples = (samples - kernel) // stride + 1
     return max(samples, 0)
+
+
+def num_samples(frames: int, conv_layers: tuple[tuple[int, int, int], ...]) -> int:
+    """The fewest samples that give so many frames: 1 -> 400, 2 -> 720."""
+    for _, kernel, stride in reversed(conv_layers):
+        frames = (frames - 1) * stride + kernel
+    return frames
 
 
 def sound_size(data: bytes) -> tuple[int, int]:
