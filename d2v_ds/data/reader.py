@@ -188,15 +188,19 @@ class ShardReader:
         return _ROW.iter_unpack(self._rows_bytes[first * _ROW.size : last * _ROW.size])
 
     def _read_field(self, places: list[tuple[int, str | None]], sample: int, rows: dict[int, Row]) -> bytes:
+        reason = "its index is damaged, as a member is not where it was listed"
         for place, json_key in places:
+            if place < 0:
+                return b""
             if row := rows.get(place):
                 content = self._read_member(sample, row)
                 if json_key is None:
                     return content
-                return self._json_value(sample, content, json_key, may_be_absent=places[-1][0] < 0)
-            if place < 0:
-                return b""
-        raise self.corrupt(sample, "its index is damaged, as a member is not where it was listed")
+                value = self._json_value(sample, content, json_key)
+                if value is not None:
+                    return value
+                reason = f"its JSON has no {json_key!r}"
+        raise self.corrupt(sample, reason)
 
     def _read_member(self, sample: int, row: Row) -> bytes:
         _, _, offset, size, crc32 = row
@@ -209,16 +213,14 @@ class ShardReader:
             raise self.corrupt(sample, "its bytes differ from the index (crc32)")
         return content
 
-    def _json_value(self, sample: int, content: bytes, key: str, may_be_absent: bool) -> bytes:
+    def _json_value(self, sample: int, content: bytes, key: str) -> bytes | None:
         try:
             value = json.loads(content).get(key)
         except (ValueError, AttributeError, RecursionError) as error:
             raise self.corrupt(sample, "its JSON is not an object") from error
-        if value in (None, []) and may_be_absent:
-            return b""
-        if value is None:
-            raise self.corrupt(sample, f"its JSON has no {key!r}")
-        if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+        if value in (None, []):
+            return None
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
             value = "\n".join(
                 value
             )  # several captions of one sound, as LAION's CLAP has them: all of them, in lines

@@ -101,6 +101,23 @@ def test_alternatives_are_taken_in_order_and_json_keys_are_read(tmp_path: Path) 
             corpus.read(i)
 
 
+def test_a_json_key_that_a_sample_lacks_gives_way_to_the_next_alternative(tmp_path: Path) -> None:
+    members = [
+        ("a.json", b'{"caption": "a caption", "text": "unused"}'),
+        ("a.txt", b"unused"),
+        ("b.json", b'{"caption": null, "text": ["of", "the json"]}'),
+        ("b.txt", b"unused"),
+        ("c.json", b'{"caption": []}'),
+        ("c.txt", b"from txt"),
+        ("d.json", b'{"caption": [], "text": []}'),
+    ]
+    path = write_tar(tmp_path / "a.tar", members)
+    corpus = open_quietly([path], {"text": "json.caption;json.text;txt", "label": "json.label;"})
+    assert [corpus.read(i)["text"] for i in range(3)] == [b"a caption", b"of\nthe json", b"from txt"]
+    with pytest.raises(CorruptSample, match="a.tar:d: its JSON has no 'text'"):
+        corpus.read(3)
+
+
 @pytest.mark.parametrize("optional", [{}, {"split": "split;"}], ids=["all members", "one may be absent"])
 def test_members_may_stand_in_any_order(optional: dict[str, str], tmp_path: Path) -> None:
     """All samples have the same ones, so their rows are looked up without a search."""
