@@ -8,12 +8,12 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from d2v_ds.config import Config
@@ -40,7 +40,7 @@ class StreamConfig(Config):
     """Micro-batches in a step, over all ranks: ranks must divide it."""
     corpora: dict[str, str] | None = None
     """Several corpora in place of `shards`: name -> file pattern. Each micro-batch is of one of them."""
-    weights: dict[str, PositiveFloat] | None = None
+    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
     """Share of each corpus in the micro-batches, in any unit. None: by size, or as `temperature` says."""
     temperature: PositiveFloat | None = None
     """Corpora have shares of n^(1/temperature), n = micro-batches of an epoch: 1 is by size, more is more equal."""

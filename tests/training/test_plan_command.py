@@ -94,10 +94,16 @@ PAIR = "modalities.image.data.corpora={a: multimodal-train-000000.tar, b: multim
             ["modalities.audio.data.batch_seconds=0.5"],
             "batch_seconds=0.5 holds no sound of data.max_seconds=0.7",
         ),
+        (["modalities.audio.data.batch_seconds=inf"], "batch_seconds='inf': Input should be a finite number"),
+        (
+            ["modalities.audio.data.max_seconds=0.04"],
+            "max_seconds=0.04 crops sounds to less than two frames, one to hide and one to show; set 0.045",
+        ),
         (["modalities.image.data.temperature=2"], "temperature=2.0 has no meaning without data.corpora"),
         (["modalities.image.data.corpora={}"], "corpora is empty; name one"),
         ([PAIR, "modalities.image.data.weights={a: 1}"], "weights are of a, data.corpora of a, b; give each"),
         ([PAIR, "modalities.image.data.weights={a: 1, b: 0}"], "weights.b=0: Input should be greater than 0"),
+        ([PAIR, "modalities.image.data.weights={a: 1, b: .inf}"], "weights.b=inf: Input should be a finite"),
         (
             [PAIR, "modalities.image.data.weights={a: 1, b: 1}", "modalities.image.data.temperature=2"],
             "contradict",
