@@ -122,13 +122,16 @@ class ShardReader:
     def read(self, sample: int) -> dict[str, bytes]:
         """The bytes of each field; CorruptSample if they are not the indexed ones."""
         contents, rows = {}, sample * self._stride
-        for name, field, place in self._usual:  # a sixth less of all that a small sample takes
-            _, found, offset, size, crc32 = _unpack(self._rows_bytes, rows + place)
-            if found != field or offset + size > self._size:
-                return self._read_anywhere(sample)
-            contents[name] = content = self._pread(size, offset)
-            if crc32_of(content) != crc32 or len(content) < size:
-                return self._read_anywhere(sample)
+        try:
+            for name, field, place in self._usual:  # a sixth less of all that a small sample takes
+                _, found, offset, size, crc32 = _unpack(self._rows_bytes, rows + place)
+                if found != field or offset + size > self._size:
+                    return self._read_anywhere(sample)
+                contents[name] = content = self._pread(size, offset)
+                if crc32_of(content) != crc32 or len(content) < size:
+                    return self._read_anywhere(sample)
+        except OSError:
+            return self._read_anywhere(sample)
         return contents or self._read_anywhere(sample)
 
     def _read_anywhere(self, sample: int) -> dict[str, bytes]:
@@ -152,11 +155,16 @@ class ShardReader:
         offset, first_row = int(self._offsets[sample]), next(self._rows(sample), None)
         if first_row is None or not offset < first_row[2] < self.index.size:
             return f"sample {sample}"  # the index is damaged
-        headers = self._pread(first_row[2] - offset, offset)
         try:
+            headers = self._pread(first_row[2] - offset, offset)
             with tarfile.open(fileobj=io.BytesIO(headers), mode="r:") as tar:
                 first = tar.next()
-        except (tarfile.TarError, ValueError, OverflowError):  # of records of a PAX header that lie
+        except (
+            tarfile.TarError,
+            ValueError,
+            OverflowError,
+            OSError,
+        ):  # of records of a PAX header that lie, of a disk
             first = None
         name = split_name(first.name) if first else None
         return name[0] if name else f"sample {sample}"
@@ -206,7 +214,12 @@ class ShardReader:
         _, _, offset, size, crc32 = row
         if offset + size > self.index.size:
             raise self.corrupt(sample, "its index is damaged, as it lies outside the tar")
-        content = self._pread(size, offset)
+        try:
+            content = self._pread(size, offset)
+        except OSError as error:
+            if self.index.remote:  # nothing of it comes
+                raise
+            raise self.corrupt(sample, f"the disk does not give it ({error.strerror})") from error
         if len(content) < size:
             raise self.corrupt(sample, "the tar ends inside it")
         if crc32_of(content) != crc32:

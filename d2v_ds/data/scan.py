@@ -84,7 +84,7 @@ def scan_tar(path: Path, name: str | None = None) -> Scan:
         _check_start(scan.path, file, size)
         try:
             end = _scan_members(scan, file, size)
-        except tarfile.TarError as error:
+        except (tarfile.TarError, OSError) as error:
             raise ValueError(
                 f"{scan.path} is truncated or corrupt {scan.after()}: {error}; {_REMEDY}"
             ) from error

@@ -3,6 +3,7 @@
 A mutation flips bits, zeroes, cuts, repeats, swaps or overwrites some of a shard, headers included.
 """
 
+import errno
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from ranks import SAMPLE
 from tars import write_tar
 from test_loader import ByteSamples, as_values, make_plan
 
-from d2v_ds.data import Corpus, CorruptSample, DataError, Source, StepLoader, build_index
+from d2v_ds.data import Corpus, CorruptSample, DataError, Source, StepLoader, build_index, scan
 from d2v_ds.data.verify import verify_shard
 from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import load_recipe
@@ -192,6 +194,34 @@ def test_mutated_images_and_sounds_are_decoded_or_named(tmp_path: Path, count: i
             assert sum(read_all(corpus, lambda i, s=source: s.samples.read(s.corpus, i))) == len(corpus)
             looked_at += len(corpus)
     assert looked_at > 2 * count
+
+
+@pytest.mark.parametrize("fields", [{"content": "bin", "label": "cls"}, {"content": "bin", "label": "cls;"}])
+def test_a_sector_that_the_disk_does_not_give_is_quarantined(
+    write_shards: Writer, monkeypatch, fields
+) -> None:
+    (path,) = write_shards(shards=1)
+    corpus = Corpus.open([path], fields, progress=None)
+    start, end = corpus.indexes[0].offsets()[2:4].tolist()
+    pread = os.pread
+
+    def bad_sector(file: int, size: int, offset: int) -> bytes:
+        if offset < end and start < offset + size:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(file, size, offset)
+
+    monkeypatch.setattr(os, "pread", bad_sector)
+    corpus = Corpus(corpus.indexes, corpus.fields)
+    assert read_all(corpus, corpus.read) == (6, 1)
+    with pytest.raises(CorruptSample, match=r":sample 2: the disk does not give it \(Input/output error\)"):
+        corpus.read(2)
+
+
+def test_a_shard_that_the_disk_does_not_give_is_named(write_shards: Writer, monkeypatch) -> None:
+    (path,) = write_shards(shards=1)
+    monkeypatch.setattr(scan, "crc32_of", Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
+    with pytest.raises(ValueError, match=f"{path.name} is truncated or corrupt .*Input/output error"):
+        build_index(path)
 
 
 def test_a_header_that_would_be_read_for_ever_is_refused(tmp_path: Path) -> None:
