@@ -336,7 +336,7 @@ def read_yaml(path: Path) -> Recipe:
             f"recipe file {path} does not exist; give a YAML file or a shipped recipe, which `d2v recipes` lists"
         )
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
@@ -345,6 +345,23 @@ def read_yaml(path: Path) -> Recipe:
             "`--print-recipe` prints an example"
         )
     return validated(settings, str(path))
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = []
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} comes twice", problem_mark=key.start_mark
+                )
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str) -> Any:
+    """As `yaml.safe_load`, which of two corpora of one name would keep the last in silence."""
+    return yaml.load(text, _UniqueKeys)
 
 
 def write_yaml(recipe: Recipe, path: Path) -> None:
@@ -412,10 +429,10 @@ def is_optional(recipe: Recipe, key: str) -> bool:
 def parse_value(text: str) -> Any:
     """YAML, where 1e-3 is a number too and an empty text stays one."""
     try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text) if text else ""
+        return float(text) if "e" in text.lower() else load_yaml(text) if text else ""
     except (ValueError, yaml.YAMLError):
         try:
-            return yaml.safe_load(text)
+            return load_yaml(text)
         except (ValueError, yaml.YAMLError):
             return text
 

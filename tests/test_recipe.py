@@ -10,7 +10,7 @@ import yaml
 
 from d2v_ds.config import dotted_keys
 from d2v_ds.engine.ema import anneal
-from d2v_ds.recipe import FREE, Optim, Recipe, load_recipe, override, recipes, write_yaml
+from d2v_ds.recipe import FREE, Optim, Recipe, load_recipe, load_yaml, override, recipes, write_yaml
 from d2v_ds.training.schedule import learning_rate
 
 SHIPPED = sorted(recipes())
@@ -232,6 +232,15 @@ def test_a_mistake_in_a_yaml_file_is_one_readable_line(key, value, parts, tmp_pa
 @pytest.mark.parametrize("content", ["", "[1, 2]", "just text", "a: [1"])
 def test_a_yaml_file_that_is_no_recipe_is_named(content, tmp_path):
     assert str(tmp_path / "mine.yaml") in message(yaml_file(tmp_path / "mine.yaml", content))
+
+
+def test_a_key_that_comes_twice_is_an_error(tmp_path):
+    """Of two corpora of one name the first was lost; merge keys are none."""
+    twice = "corpora: {one: a.tar, one: b.tar}"
+    assert "the key 'one' comes twice" in message(yaml_file(tmp_path / "mine.yaml", twice))
+    text = message("image_tiny", "modalities.image.data.corpora={one: a.tar, one: b.tar}")
+    assert "each name once" in text
+    assert load_yaml("{a: &a {p: 1}, b: {<<: *a, p: 2}}") == {"a": {"p": 1}, "b": {"p": 2}}
 
 
 def test_an_absent_yaml_file_is_named_with_what_there_is(tmp_path):

@@ -55,7 +55,8 @@ class StreamConfig(Config):
     def named(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, str):
             raise ValueError(
-                f"is no {{name: value}}; put patterns in quotes, or give each its own key: {info.field_name}.NAME=..."
+                f"is no {{name: value}}; put patterns in quotes and each name once, or give each its own key: "
+                f"{info.field_name}.NAME=..."
             )
         return value
 
