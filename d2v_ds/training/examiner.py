@@ -67,8 +67,10 @@ class Examiner:
             run.say("task.test is of other shards than before: the best checkpoint is chosen anew")
             return
         best = loop.get("best")
-        if best and (run.folder / folder_name(best["step"])).is_dir():
-            self.best = best
+        found = [best if best and (run.folder / folder_name(best["step"])).is_dir() else None]
+        if dist.is_initialized():  # a shared disk may show it to some ranks alone, and all must save together
+            dist.broadcast_object_list(found)
+        self.best = found[0]
         if run.rank == 0:
             write_best(run.folder, self.best)  # a kill may have left that of a checkpoint that was not saved
 
