@@ -1,10 +1,15 @@
-"""Which parameters are decayed, and that those with a teacher stand apart."""
+"""Which parameters are decayed, that those with a teacher stand apart, and what clipping does."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
+from torch import nn
 
 from d2v_ds.engine.build import parameter_groups
+from d2v_ds.engine.step import clip_gradients, finite_gradients
 from d2v_ds.modalities.build import build_model
 from d2v_ds.model.data2vec import Data2Vec
 from d2v_ds.recipe import load_recipe
@@ -55,3 +60,19 @@ def test_parameters_with_a_teacher_have_groups_of_their_own(decay, number):
 def test_compat_with_fairseq_decides_nothing_about_decay():
     recipes = [load_recipe("audio_tiny", [f"fairseq_compat={flag}"]) for flag in ("true", "false")]
     assert [recipe.optim.decay for recipe in recipes] == ["matrices", "matrices"]
+
+
+@pytest.mark.parametrize("clip", [0.5, 100.0])
+def test_gradients_are_clipped_as_torch_does_by_the_norm_that_was_measured(clip: float) -> None:
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(4, 3), nn.Linear(4, 3)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        a.grad = torch.randn_like(a)
+        b.grad = a.grad.clone()
+    engine = SimpleNamespace(module=ours, gradient_clipping=lambda: clip)
+    assert finite_gradients(engine)
+    clip_gradients(engine)
+    norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+    assert 0.5 < norm < 100 and engine._global_grad_norm == norm
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0)
