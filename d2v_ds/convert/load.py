@@ -228,11 +228,19 @@ def build_encoder(stored: Stored, name: str, path: Path, fairseq_compat: bool | 
         model.eval(),
         name,
         build_samples(name, config, stored.files),
-        recipe,
+        beside(recipe, stored.files),
         origin=f"{path} ({stored.origin}; the {stored.weights}'s weights)",
         head=head,
         head_config=stored.head,
     )
+
+
+def beside(recipe: Recipe, files: Path | None) -> Recipe:
+    """The recipe with the copy of its `task.vocabulary` that lies beside the weights, if one does."""
+    task = recipe.task
+    if not (files and task and task.vocabulary and (own := files / Path(task.vocabulary).name).is_file()):
+        return recipe
+    return recipe.model_copy(update={"task": task.model_copy(update={"vocabulary": str(own)})})
 
 
 def assign(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

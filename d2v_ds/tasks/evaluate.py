@@ -14,7 +14,15 @@ from torch import Tensor
 
 from d2v_ds.convert.features import Encoder
 from d2v_ds.convert.load import load
-from d2v_ds.modalities.audio.vocabulary import BLANK, case_of, change_case, writable
+from d2v_ds.modalities.audio.vocabulary import (
+    BLANK,
+    Case,
+    Vocabulary,
+    case_of,
+    change_case,
+    open_vocabulary,
+    writable,
+)
 from d2v_ds.model.tuned import Task
 from d2v_ds.tasks.beam import Beam, BeamDecoder
 from d2v_ds.tasks.embed import best_device
@@ -229,17 +237,26 @@ def read_classes(items: Items, encoder: Encoder, label: str, data: str | Path) -
 
 def read_transcripts(items: Items, encoder: Encoder, label: str) -> list[str]:
     """Texts as the head writes them: in capitals or small letters where it has only those, and for pieces normalised as
-    sentencepiece does (NFKC)."""
+    the sentencepiece model does with which the run learned, or by NFKC if that is lost."""
     labels, task = encoder.head_config.labels, encoder.recipe.task
     case, letters, is_pieces = case_of(labels), writable(labels), labels[0] == BLANK
-    if case == "keep" and task:
-        case = task.case  # of pieces in both cases, what the run learned
+    if task and task.case != "keep":
+        case = task.case  # what the run learned
+    vocabulary = own_pieces(encoder, case) if is_pieces else None
     texts = []
     for i, text in enumerate(read_labels(items, label)):
-        text = " ".join(change_case(text, case).split())
-        if is_pieces:
+        text, unknown = " ".join(change_case(text, case).split()), []
+        if vocabulary:
+            try:
+                text = vocabulary.decode(vocabulary.encode(text))
+            except ValueError as error:
+                raise ValueError(f"{items.name(i).full}: {error}") from error
+            if not text:
+                raise ValueError(f"the transcript of {items.name(i).full} has no symbol; leave it out")
+        elif is_pieces:
             text = unicodedata.normalize("NFKC", text)
-        unknown = [] if letters is None else sorted(set(text) - letters - {" "})
+        if letters is not None:
+            unknown = sorted(set(text) - letters - {" "})
         if unknown:
             raise ValueError(
                 f"the transcript of {items.name(i).full} has {', '.join(map(repr, unknown[:8]))}, which the model "
@@ -247,6 +264,15 @@ def read_transcripts(items: Items, encoder: Encoder, label: str) -> list[str]:
             )
         texts.append(text)
     return texts
+
+
+def own_pieces(encoder: Encoder, case: Case) -> Vocabulary | None:
+    """The sentencepiece model that a run of ours learned with, if it is there."""
+    task = encoder.recipe.task
+    if not (task and task.vocabulary and Path(task.vocabulary).expanduser().is_file()):
+        return None
+    vocabulary = open_vocabulary(task.vocabulary, case)
+    return vocabulary if vocabulary.symbols == encoder.head_config.labels else None
 
 
 # ---- how much of it the model says -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,14 +12,17 @@ from ranks import SAMPLE
 import d2v_ds
 from d2v_ds.cli import main
 from d2v_ds.convert.consolidate import write_export
+from d2v_ds.convert.load import beside
 from d2v_ds.convert.stored import Stored
 from d2v_ds.data import Corpus
+from d2v_ds.modalities.audio.samples import AudioSamples
 from d2v_ds.modalities.build import build_model
 from d2v_ds.model.heads import HEAD, HeadConfig, build_head
 from d2v_ds.recipe import load_recipe
 from d2v_ds.tasks.evaluate import answers, evaluate, own_label, read_classes, read_transcripts, score_classes
 from d2v_ds.tasks.items import open_items
-from d2v_ds.training.examiner import Share
+from d2v_ds.training.examiner import Share, read_truth
+from d2v_ds.training.init import with_symbols
 
 VAL = str(SAMPLE / "multimodal-val-000000.tar")
 KINDS = {"image": "image_classification", "audio": "ctc"}
@@ -164,6 +168,53 @@ def test_a_run_is_measured_by_what_it_learned(make):
     task = load_recipe("finetune_audio_tiny").task
     speech.recipe = speech.recipe.model_copy(update={"task": task})
     assert read_transcripts(items, speech, "txt")[0] == items.read(0)[1].upper()
+
+
+@pytest.mark.parametrize("rule", ["nmt_nfkc_cf", "identity"])
+def test_transcripts_of_pieces_are_normalised_as_in_the_loop(tmp_path, rule):
+    """By the rule of the model that the run learned with: of a copy beside the weights, since the file may be gone."""
+    from sentencepiece import SentencePieceTrainer
+
+    (tmp_path / "text").write_text("\ufb01ve \u2167 two\nTwo three\n" * 9, encoding="utf-8")
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "own"), vocab_size=40, hard_vocab_limit=False,
+        normalization_rule_name=rule, minloglevel=2,
+    )  # fmt: skip
+    recipe = load_recipe(
+        "finetune_audio_tiny", [f"task.vocabulary={tmp_path / 'own.model'}", "task.case=keep"]
+    )
+    recipe = with_symbols(recipe)
+    parse = AudioSamples(recipe.modalities["audio"], tmp_path).parser(recipe.task)
+    gone = recipe.task.model_copy(update={"vocabulary": "elsewhere/own.model"})
+    encoder = SimpleNamespace(
+        head_config=recipe.task.head_config, recipe=beside(recipe.model_copy(update={"task": gone}), tmp_path)
+    )
+    texts = ["\ufb01ve\u2000\u2167", "Two  three"]
+    items = Transcribed(texts)
+    loop = [read_truth(items, i, parse, {}) for i in range(len(texts))]
+    assert read_transcripts(items, encoder, "txt") == loop
+    assert loop[0] == ("\ufb01ve \u2167" if rule == "identity" else "five viii")
+    items.texts[1] = "#"
+    with pytest.raises(ValueError, match="u1: a transcript has '#', which the vocabulary of .* lacks"):
+        read_transcripts(items, encoder, "txt")
+
+
+class Transcribed:
+    """Items that are transcripts alone."""
+
+    has_labels = True
+
+    def __init__(self, texts: list[str]):
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def name(self, i: int) -> SimpleNamespace:
+        return SimpleNamespace(full=f"u{i}")
+
+    def read(self, i: int) -> tuple[bytes, str]:
+        return b"", self.texts[i]
 
 
 def test_outputs_that_are_not_finite_are_no_score(make):
