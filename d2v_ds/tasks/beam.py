@@ -84,6 +84,11 @@ class BeamDecoder:
                     f"{settings.lm or settings.lexicon}: {reason}; a language model is an ARPA file of bigrams or "
                     "more, or a KenLM binary"
                 ) from error
+        if settings.lm and settings.lexicon and not self.knows_a_word():
+            raise ValueError(
+                f"{settings.lm} knows no word of {settings.lexicon}, such as {', '.join(w for w, _ in spelt[:3])}; "
+                "write the lexicon's words as the language model does, in its case"
+            )
 
     def decode(self, logits_TC: Tensor) -> str:
         scores_TC = torch.log_softmax(logits_TC.float().cpu(), dim=-1)
@@ -95,6 +100,12 @@ class BeamDecoder:
         if self.has_lexicon:
             return change_case(" ".join(found[0].words), case_of(self.symbols))
         return join_symbols(self.symbols[i] for i in found[0].tokens.tolist())
+
+    def knows_a_word(self) -> bool:
+        """Whether the language model gives any word another score than the unknown one; a binary lists none."""
+        words, lm = self.search.word_dict, self.search.lm
+        start, unknown = lm.start(False), words.get_index("<unk>")
+        return any(lm.score(start, i)[1] != lm.score(start, unknown)[1] for i in range(words.index_size()))
 
     def end(self) -> Tensor:
         """A frame (1, C) in which the last word may end: a transcript has no space after it, a spelling has."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import math
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,12 @@ ngram 2=4
 
 \\end\\
 """
+BINARY = (
+    "eNrLzU0sUMjJVcgoKSmw0tfPzkhNTMtMzUnRS87P1U/OT0lVSMsvyk0sUShLLSrOzM9TMOViQIAGeyCxnxFI/AcCkAgjVIYJTB6w"
+    "Z4KKgTA7VI4FyQQ2KF1Qp7jXsq2UYX7sJb1nKVpSXDnfP9YWP8jWXvRUao269ZLJmTedQo7X3Dp+6PhNG5/m20hGHAA5BME9dogB"
+    "BTTsnzVz5j5kPohgRJNnIsBnRjUUxQ/IIC8t7V2osfHl42lpz+KAGmtQZG1K87LtGGyK7RiKU1MZbPSBjJKMVCAnkSGTAQCcg1Vm"
+)
+"""ARPA by KenLM's `build_binary trie`, zlib in base64."""
 
 
 @pytest.fixture
@@ -137,6 +145,20 @@ def test_a_gzipped_model_is_one_too(arpa, tmp_path):
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ValueError, match="lm.arpa.gz cannot be read whole"):
         BeamDecoder(LETTERS, Beam(lm=str(path)))
+
+
+def test_a_kenlm_binary_decides_with_a_lexicon_in_its_own_case(tmp_path):
+    binary, lexicon = tmp_path / "lm.bin", tmp_path / "lexicon.txt"
+    binary.write_bytes(zlib.decompress(base64.b64decode(BINARY)))
+    lexicon.write_text("see S E E |\nthe T H E |\nsea S E A |\n")
+    decode = BeamDecoder(LETTERS, Beam(lm=str(binary), lexicon=str(lexicon))).decode
+    assert decode(say("THE SEA", {6: "E"})) == "THE SEA"
+    lexicon.write_text(lexicon.read_text().upper())
+    with pytest.raises(
+        ValueError,
+        match=r"lm.bin knows no word of \S*lexicon.txt, such as SEE, THE, SEA; write the lexicon's words",
+    ):
+        BeamDecoder(LETTERS, Beam(lm=str(binary), lexicon=str(lexicon)))
 
 
 def test_the_last_word_needs_no_space_after_it(arpa):
