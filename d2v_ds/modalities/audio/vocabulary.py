@@ -74,7 +74,8 @@ class Vocabulary:
         remedy = (
             f"write all in {other[0]} case (task.case={other[0]})" if other else "normalise the transcripts"
         )
-        known = "" if self.pieces else f"; it has {''.join(sorted(s for s in self.symbols if len(s) == 1))}"
+        letters = sorted(symbol for symbol in self.symbols if len(symbol) == 1 and symbol != SPACE)
+        known = "" if self.pieces else f"; it has {''.join(letters)}"
         raise ValueError(
             f"a transcript has {shown}, which the vocabulary of {len(self.symbols)} symbols lacks{known}; {remedy}"
         )
