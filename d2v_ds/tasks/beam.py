@@ -52,7 +52,8 @@ class BeamDecoder:
         self.symbols, self.has_lexicon = symbols, bool(settings.lm or settings.lexicon)
         for path in filter(None, (settings.lm, settings.lexicon)):
             if not Path(path).is_file():
-                raise ValueError(f"{path} does not exist; give an ARPA file or KenLM binary, and a lexicon")
+                what = "is a folder" if Path(path).is_dir() else "does not exist"
+                raise ValueError(f"{path} {what}; give an ARPA file or KenLM binary, and a lexicon")
         build = import_decoder(bool(settings.lm))
         spelt = spellings(symbols, settings) if self.has_lexicon else None
         if spelt == []:

@@ -96,6 +96,8 @@ def test_what_a_search_cannot_use_is_named(arpa, tmp_path, monkeypatch):
         BeamDecoder(LETTERS, Beam(lm=str(empty)))
     with pytest.raises(ValueError, match="nowhere.arpa does not exist"):
         BeamDecoder(LETTERS, Beam(lm=str(tmp_path / "nowhere.arpa")))
+    with pytest.raises(ValueError, match="is a folder; give an ARPA file or KenLM binary"):
+        BeamDecoder(LETTERS, Beam(lm=str(tmp_path)))
     binary = tmp_path / "lm.bin"
     binary.write_bytes(b"mmap lm \xff\xfe" * 10)
     with pytest.raises(ValueError, match=r"is no ARPA file; of a KenLM binary .* --lexicon"):
