@@ -87,8 +87,10 @@ def check_variances(health: Mapping[str, float], settings: Health, updates: int)
 def roll_back(run: Run, reason: str) -> None:
     """Goes on from the newest checkpoint that was healthy, at a lower learning rate; all ranks call it.
 
-    Later checkpoints are removed, since a run that is started again takes the newest. Raises Collapsed if there is
-    no such checkpoint, or after `max_rollbacks`.
+    A checkpoint is called healthy by a look at the weights before its own last steps, so it may hold an update that
+    exploded: where no look since the last rollback was healthy, the run goes further back. Later checkpoints are
+    removed, since a run that is started again takes the newest. Raises Collapsed if there is no such checkpoint, or
+    after `max_rollbacks`.
     """
     settings = run.recipe.health
     run.watchdog.wait_patiently("going back")
@@ -98,8 +100,16 @@ def roll_back(run: Run, reason: str) -> None:
             f"came to the same, at last with {run.lr_scale:g} of the learning rate: the run ends at step {run.step}"
         )
     run.saver.finish()
-    found: list[Path | None] = [newest_healthy(run.folder, run.step) if run.rank == 0 else None]
+    last = run.rollbacks[-1] if run.rollbacks else None
+    is_further = last is not None and not last.get("held", True)  # absent in older checkpoints
+    before = min(run.step, last["looked"]) if is_further else run.step
+    found: list[Path | None] = [newest_healthy(run.folder, before) if run.rank == 0 else None]
     dist.broadcast_object_list(found)
+    if found[0] is None and is_further:
+        raise Collapsed(
+            f"{reason}. It went back to step {last['to']} and was not healthy from there on, and no checkpoint of "
+            f"before step {before} is healthy: the run ends at step {run.step}; lower optim.lr in a new out="
+        )
     if found[0] is None:
         raise Collapsed(
             f"{reason}. No checkpoint was saved while the run was healthy, so it cannot go back, and ends at step "
@@ -111,14 +121,22 @@ def roll_back(run: Run, reason: str) -> None:
     text = f"going back from step {run.step} to {saved.loop['step']}, with {lr_scale:g} of the recipe's learning rate"
     run.say(text)
     note(run, rollback=text, because=reason)
-    run.rollbacks.append({"from": run.step, "to": saved.loop["step"], "lr_scale": lr_scale})
+    run.rollbacks.append(
+        {
+            "from": run.step,
+            "to": saved.loop["step"],
+            "lr_scale": lr_scale,
+            "looked": looked(found[0]),
+            "held": False,
+        }
+    )
     run.lr_scale = lr_scale
     run.step, run.applied = saved.loop["step"], saved.loop["applied_steps"]
     checkpoints.load(run.engine, run.ema, saved, run.applied)
     run.engine.zero_grad()
     run.examiner.go_on(run, saved.loop)
     run.watch = Watch(settings.patience)
-    run.watch.is_firm = True
+    run.watch.is_firm, run.watch.step = True, looked(found[0])
     if run.log:
         for path in checkpoints.checkpoints(run.folder):
             if path.name > found[0].name:
@@ -140,6 +158,19 @@ def newest_healthy(folder: Path, before: int) -> Path | None:
             if loop["step"] < before and loop.get("is_healthy") and loop["applied_steps"]:
                 return path
     return None
+
+
+def places_to_go_back_to(folder: Path, before: int) -> list[Path]:
+    """The newest healthy checkpoint, and the one to go back to if that was not healthy after all."""
+    first = newest_healthy(folder, before)
+    second = newest_healthy(folder, looked(first)) if first else None
+    return [path for path in (first, second) if path]
+
+
+def looked(checkpoint: Path) -> int:
+    """The step whose look called it healthy. That saw no later weights than those of the step before."""
+    loop = json.loads((checkpoint / "loop.json").read_text(encoding="utf-8"))
+    return loop.get("looked", loop["step"])  # absent in older checkpoints
 
 
 def steps_of(run: Run) -> Iterator[list[MicroBatch]]:

@@ -72,7 +72,7 @@ def run_steps(run: Run) -> None:
         run.saver.advance()
         record_faults(run, micro_batches)
         if report.is_wanted:
-            write_log(run, report, clock)
+            write_log(run, report, clock, is_applied)
         if run.loader is loader:
             skips.observe(is_applied, micro_batches, report.each)
         if run.loader is not loader:  # it went back: what is due at that step was done then
@@ -181,10 +181,13 @@ def record_faults(run: Run, micro_batches: list[MicroBatch]) -> None:
             ) from error
 
 
-def write_log(run: Run, report: Report, clock: Clock) -> None:
+def write_log(run: Run, report: Report, clock: Clock, is_applied: bool) -> None:
     losses, health = report.losses(), report.health.values()
     tau = anneal(run.recipe.ema.start, run.recipe.ema.end, run.recipe.ema.anneal_steps, run.updates)
-    changed = run.watch.look(health)
+    changed = run.watch.look(health, run.step)
+    run.watch.is_firm &= is_applied  # fine-tuning has no other sign
+    if run.rollbacks and run.watch.is_firm:
+        run.rollbacks[-1]["held"] = True
     recipe, engine = run.recipe, run.engine
     rate = run.plan.samples_a_step() * clock.steps / clock.total
     norm = engine.get_global_grad_norm()

@@ -41,7 +41,7 @@ from d2v_ds.training.classes import with_classes
 from d2v_ds.training.clock import Clock
 from d2v_ds.training.codes import COLLAPSED, FAILED, LOST, MISTAKE, STOPPED, Stopped, record_code
 from d2v_ds.training.examiner import Examiner, open_examiner
-from d2v_ds.training.guard import Collapsed, newest_healthy
+from d2v_ds.training.guard import Collapsed, places_to_go_back_to
 from d2v_ds.training.init import Start, read_start, with_network
 from d2v_ds.training.log import Log
 from d2v_ds.training.loop import run_steps
@@ -122,6 +122,7 @@ class Run:
             "files": file_hashes(self.sources),
             "windows": windows_of(self.sources),
             "is_healthy": self.watch.is_firm,
+            "looked": self.watch.step,
             "best": self.examiner.best,
             "test": self.examiner.fingerprints,
             "lr_scale": self.lr_scale,
@@ -133,13 +134,13 @@ class Run:
         self.signals.phase, self.saved = "running", self.step
 
     def spared(self) -> Callable[[], list[Path]]:
-        """Older checkpoints that stay besides the last ones: the best, and one to go back to."""
+        """Older checkpoints that stay besides the last ones: the best, and those to go back to."""
         best, step = self.examiner.spared(self.folder), self.step
         goes_back = self.recipe.health.on_collapse == "rollback"
 
         def find() -> list[Path]:
-            healthy = newest_healthy(self.folder, step) if goes_back else None
-            return [path for path in (best(), healthy) if path]
+            healthy = places_to_go_back_to(self.folder, step) if goes_back else []
+            return [path for path in (best(), *healthy) if path]
 
         return find
 

@@ -73,10 +73,12 @@ class Watch:
         self.is_firm = False
         """Every modality was healthy in the last look, with twice the content and spread that it takes: a place to go
         back to."""
+        self.step = 0
+        """Of the last look, which saw the weights as they were before that step."""
 
-    def look(self, health: Mapping[str, float]) -> dict[str, Finding]:
+    def look(self, health: Mapping[str, float], step: int = 0) -> dict[str, Finding]:
         """Judges every modality of `health` (NAME/number); those whose verdict has changed."""
-        changed, self.is_firm = {}, True
+        changed, self.is_firm, self.step = {}, True, step
         for name in sorted({key.split("/")[0] for key in health}):
             prefix = f"{name}/"
             values = {k.removeprefix(prefix): v for k, v in health.items() if k.startswith(prefix)}

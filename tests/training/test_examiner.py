@@ -22,13 +22,13 @@ def examiner(recipe, fingerprint: str) -> Examiner:
 
 @pytest.mark.parametrize("on_collapse", ["warn", "rollback"])
 def test_the_best_checkpoint_stays_whatever_follows_a_collapse(tmp_path, on_collapse, monkeypatch) -> None:
-    monkeypatch.setattr(run_module, "newest_healthy", lambda folder, before: folder / "step_00000002")
+    monkeypatch.setattr(run_module, "places_to_go_back_to", lambda folder, before: [folder / "step_00000002"])
     (tmp_path / "step_00000004").mkdir()
     recipe = load_recipe("finetune_audio_tiny", [f"health.on_collapse={on_collapse}", f"out={tmp_path}"])
     begun = {}
     run = SimpleNamespace(
         recipe=recipe, folder=tmp_path, step=8, saved=4, applied=8, first_step=0, updates_before=0, sources=[],
-        watch=SimpleNamespace(is_firm=False), examiner=examiner(recipe, "a"), lr_scale=1.0, rollbacks=[],
+        watch=SimpleNamespace(is_firm=False, step=7), examiner=examiner(recipe, "a"), lr_scale=1.0, rollbacks=[],
         signals=SimpleNamespace(phase=""), watchdog=SimpleNamespace(wait_patiently=lambda what: None),
         saver=SimpleNamespace(begin=lambda step, loop, spared: begun.update(loop=loop, spared=spared())),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from runs import TINY, python, read_rows, start, torchrun, without_timings
 
 from d2v_ds.recipe import Health, load_recipe
 from d2v_ds.training.examiner import Examiner, write_best
-from d2v_ds.training.guard import Collapsed, check_variances
+from d2v_ds.training.guard import Collapsed, check_variances, places_to_go_back_to
 from d2v_ds.training.verdict import Watch
 
 HEALTHY = {
@@ -79,6 +79,27 @@ def test_what_is_best_after_going_back_is_what_was_then_if_it_is_there(
     assert examiner.best == ({"step": 4, "score": 0.5} if is_there else None)
     said = tmp_path / "best.json"
     assert json.loads(said.read_text()) == examiner.best if is_there else not said.exists()
+
+
+def write_healthy(run: Path, monkeypatch: pytest.MonkeyPatch, **looks: int) -> None:
+    """Checkpoints of these steps, each called healthy by the look at a step."""
+    monkeypatch.setattr("d2v_ds.engine.checkpoint.damage", lambda path: None)
+    for step, looked in looks.items():
+        folder = run / f"step_{int(step[1:]):08d}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text("{}")
+        loop = {"step": int(step[1:]), "is_healthy": True, "applied_steps": 1, "looked": looked}
+        (folder / "loop.json").write_text(json.dumps(loop))
+
+
+def test_a_checkpoint_that_a_later_look_saw_stays_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 11 to 13 may all hold an update that exploded: the look at step 10 was before them."""
+    write_healthy(tmp_path, monkeypatch, s8=5, s9=5, s11=10, s12=10, s13=10)
+    found = places_to_go_back_to(tmp_path, before=14)
+    assert [path.name for path in found] == ["step_00000013", "step_00000009"]
+    assert places_to_go_back_to(tmp_path, before=8) == []
 
 
 # ---- the original's thresholds ----
@@ -183,16 +204,51 @@ def test_a_run_goes_back_and_on_more_slowly(stage: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_step_goes_back_once_and_ends_what_was_skipped_in_a_row(tmp_path: Path) -> None:
-    """The second look that is not finite is also the second step that is skipped."""
+    """The second look that is not finite is also the second step that is skipped. The checkpoint of step 1, healthy by
+    a look before its update, holds the explosion: there is none to go further back to."""
     out = tmp_path / "run"
     settings = ["modalities.audio=null", "modalities.text=null", "optim.lr=1e30", "optim.warmup_steps=0"]
     settings += ["train.save_every=1", "train.skip_limit=2", "health.on_collapse=rollback", f"out={out}"]
     done = start(
         python("train.py", "--deepspeed", "zero0", *TINY, *settings, "health.max_rollbacks=2"), code=3
     )
-    assert "It went back 2 times" in done.stderr and "ends at step 3" in done.stderr
+    assert "It went back to step 1 and was not healthy from there on" in done.stderr
+    assert "ends at step 3" in done.stderr and "Traceback" not in done.stderr
     events = [row["step"] for row in read_rows(out, "verdicts.jsonl") if "rollback" in row]
-    assert events == [3, 3]
+    assert events == [3]
+
+
+EXPLODES = """
+import d2v_ds.training.loop as loop
+from d2v_ds.training.run import main
+usual, exploded = loop.learning_rate, []
+def learning_rate(optim, step, steps):
+    if step == 3 and not exploded:
+        exploded.append(step)
+        return 1e30
+    return usual(optim, step, steps)
+loop.learning_rate = learning_rate
+raise SystemExit(main())
+"""
+"""The fourth update does, the first time."""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_holds_an_explosion_is_gone_back_to_once(tmp_path: Path) -> None:
+    """That of step 4 is healthy by the look before its update; the one before it stays, for all that
+    keep_checkpoints says."""
+    out = tmp_path / "run"
+    settings = [
+        "modalities.audio=null",
+        "modalities.text=null",
+        "train.save_every=1",
+        "train.keep_checkpoints=1",
+    ]
+    settings += ["health.on_collapse=rollback", "health.max_rollbacks=2", f"out={out}"]
+    start(python("-c", EXPLODES, "--deepspeed", "zero0", *TINY, *settings))
+    loop = json.loads((out / "step_00000006" / "loop.json").read_text())
+    assert [(row["from"], row["to"]) for row in loop["rollbacks"]] == [(6, 4), (6, 3)]
+    assert {row["image/verdict"] for row in read_rows(out, "health.jsonl")} == {"healthy"}
 
 
 @pytest.mark.slow
