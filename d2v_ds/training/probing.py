@@ -312,8 +312,8 @@ def unusable(part: Part, i: int, reason: str) -> ValueError:
 
 @torch.no_grad()
 def view_means(encoder: Encoder, source: Source, units: list[int], device: torch.device) -> Tensor:
-    """The student's mean output for LIDAR_VIEWS masked views of training samples; (B, Q, D). One that cannot be read
-    is left out."""
+    """The student's mean output for LIDAR_VIEWS masked views of training samples; (B, Q, D). One that cannot be read,
+    or of which a view shows padding alone, is left out."""
     model, samples, rows, kept = encoder.model, source.samples, [], []
     for unit in units:
         try:
@@ -321,7 +321,7 @@ def view_means(encoder: Encoder, source: Source, units: list[int], device: torch
             kept.append(unit)
         except ValueError:
             continue
-    config, views = model.configs[source.name], []
+    config, views, is_seen = model.configs[source.name], [], []
     if not kept:
         return torch.zeros(0, LIDAR_VIEWS, encoder.recipe.body.dim)
     for again in range(-(-LIDAR_VIEWS // config.clones)):
@@ -335,7 +335,9 @@ def view_means(encoder: Encoder, source: Source, units: list[int], device: torch
             mask_NK = batch.padding_BT.repeat_interleave(batch.clones, dim=0)
             mask_NK = mask_NK if batch.keep_NK is None else mask_NK.gather(1, batch.keep_NK)
         views.append(mean_pool(hidden_NKD.float(), mask_NK).unflatten(0, (-1, batch.clones)))
-    return torch.cat(views, dim=1)[:, :LIDAR_VIEWS]
+        is_seen.append((~mask_NK).any(1).unflatten(0, (-1, batch.clones)))
+    is_seen_B = torch.cat(is_seen, dim=1)[:, :LIDAR_VIEWS].all(1)
+    return torch.cat(views, dim=1)[is_seen_B, :LIDAR_VIEWS]
 
 
 def judge_features(weights: str, kind: str, x: dict[str, Tensor], subset: Subset) -> Row:

@@ -10,17 +10,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from ranks import SAMPLE
 from runs import MODALITIES, Command, read_rows, start_all, without_timings, zero3_config
 
 from d2v_ds.convert.load import load
 from d2v_ds.data import Corpus, expand_shards
+from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import load_recipe
 from d2v_ds.tasks.frozen import evaluate_frozen
 from d2v_ds.tasks.probe import choose, layer_means, read_labels, ridge
 from d2v_ds.tasks.spectrum import rankme
-from d2v_ds.training.probing import Probes
+from d2v_ds.training.probing import Probes, build_encoder, view_means
 
 PROBED = [
     "probe.every=1", "probe.train=multimodal-train-*.tar", "probe.test=multimodal-val-*.tar", "probe.samples=30",
@@ -168,6 +170,22 @@ def test_training_samples_that_cannot_be_read_are_left_out_of_lidar(odd: dict, f
     """A batch of them alone too."""
     assert odd["diverged"]["code"] == 0, odd["diverged"]["err"]
     assert all(r["lidar"] >= 1 for r in rows_of(folder / "diverged") if r["features"] == "layer 2")
+
+
+def test_samples_with_a_view_of_padding_alone_are_left_out_of_lidar(tmp_path: Path) -> None:
+    """A text of a few tokens beside long ones: its views show none, of which the mean is not a number."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, text in enumerate(["word", "word " * 60, "word " * 70]):
+            member = tarfile.TarInfo(f"{i}.txt")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text.encode()))
+    settings = ["mask.ratio=0.8", "data.mode=samples", f"data.tokenizer={SAMPLE / 'sentencepiece.model'}"]
+    settings = [f"modalities.text.{setting}" for setting in ("data.shards=a.tar", *settings)]
+    recipe = load_recipe("text_tiny", [f"data={tmp_path}", f"out={tmp_path / 'run'}", *settings])
+    source = open_source("text", recipe.modalities["text"], recipe.data, None)
+    run = SimpleNamespace(recipe=recipe, folder=tmp_path, device=torch.device("cpu"))
+    views = view_means(build_encoder(run, source, None), source, [0, 1, 2], run.device)
+    assert len(views) == 2 and views.isfinite().all()
 
 
 @pytest.mark.slow
