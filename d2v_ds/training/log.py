@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -125,7 +126,8 @@ def summary(folder: Path) -> str:
     lines = [" ".join([f"{'':8}", f"{'loss':>10}", *(f"{c:>10}" for c in columns)])]
     for name in names_of(rows[-1]):
         values = [rows[-1][f"{name}/loss"], *(health[-1][f"{name}/{c}"] for c in columns)]
-        lines.append(" ".join([f"{name:8}", *(f"{value:10.3f}" for value in values)]))
+        numbers = (math.nan if value is None else value for value in values)
+        lines.append(" ".join([f"{name:8}", *(f"{number:10.3f}" for number in numbers)]))
     return "\n".join(lines)
 
 
@@ -136,7 +138,7 @@ def names_of(metrics: dict[str, float]) -> list[str]:
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """A whole row or, with OSError, none: the next one must not be glued to half of this."""
-    line = (json.dumps(row) + "\n").encode()
+    line = (json.dumps(finite(row), allow_nan=False) + "\n").encode()
     with path.open("ab", buffering=0) as file:
         size = file.tell()
         try:
@@ -146,6 +148,15 @@ def append(path: Path, row: dict[str, Any]) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+def finite(value: Any) -> Any:
+    """With null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -415,7 +415,7 @@ def plot(folder: Path) -> Path:
 
 def draw(axis: Any, rows: list[Row], values: list[float], label: str, colour: str, style: str) -> None:
     """A curve, or a level line for what is measured once."""
-    if rows[0]["step"] == 0:
-        axis.axhline(values[0], label=label, color=colour, linestyle=style)
-    else:
+    if rows[0]["step"]:
         axis.plot([r["step"] for r in rows], values, label=label, color=colour, linestyle=style, marker=".")
+    elif values[0] is not None:  # LiDAR of one sample
+        axis.axhline(values[0], label=label, color=colour, linestyle=style)
