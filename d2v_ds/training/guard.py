@@ -135,6 +135,7 @@ def roll_back(run: Run, reason: str) -> None:
     checkpoints.load(run.engine, run.ema, saved, run.applied)
     run.engine.zero_grad()
     run.examiner.go_on(run, saved.loop)
+    run.faults.counts.clear()  # those of steps that are done again count once, as after a new start
     run.watch = Watch(settings.patience)
     run.watch.is_firm, run.watch.step = True, looked(found[0])
     if run.log:

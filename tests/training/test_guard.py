@@ -11,9 +11,10 @@ import pytest
 from ranks import SAMPLE
 from runs import TINY, python, read_rows, start, torchrun, without_timings
 
+from d2v_ds.data import Fault, FaultLog
 from d2v_ds.recipe import Health, load_recipe
 from d2v_ds.training.examiner import Examiner, write_best
-from d2v_ds.training.guard import Collapsed, check_variances, places_to_go_back_to
+from d2v_ds.training.guard import Collapsed, check_variances, places_to_go_back_to, roll_back
 from d2v_ds.training.verdict import Watch
 
 HEALTHY = {
@@ -100,6 +101,61 @@ def test_a_checkpoint_that_a_later_look_saw_stays_too(
     found = places_to_go_back_to(tmp_path, before=14)
     assert [path.name for path in found] == ["step_00000013", "step_00000009"]
     assert places_to_go_back_to(tmp_path, before=8) == []
+
+
+def healthy_run(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> SimpleNamespace:
+    """What roll_back needs of a run, without network and data."""
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda found: None)
+    monkeypatch.setattr("d2v_ds.engine.checkpoint.load", lambda *arguments: None)
+    monkeypatch.setattr(
+        "d2v_ds.engine.checkpoint.Checkpoint",
+        lambda path: SimpleNamespace(loop=json.loads((path / "loop.json").read_text())),
+    )
+    monkeypatch.setattr("d2v_ds.training.guard.StepLoader", lambda *arguments: None)
+    nothing = SimpleNamespace(
+        finish=lambda: True,
+        wait_patiently=lambda what: None,
+        zero_grad=lambda: None,
+        go_on=lambda run, loop: None,
+    )
+    faults = FaultLog(folder / "quarantine.jsonl")
+    return SimpleNamespace(
+        recipe=load_recipe("audio_tiny", ["health.on_collapse=rollback"]), folder=folder, rank=0, world=1, step=step,
+        watch=Watch(2), watchdog=nothing, saver=nothing, engine=nothing, examiner=nothing, ema=None, log=None,
+        rollbacks=[], lr_scale=1.0, faults=faults, say=lambda text: None, save=lambda: None, sources=[], plan=None,
+    )  # fmt: skip
+
+
+def test_a_run_goes_further_back_unless_it_was_healthy_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_healthy(tmp_path, monkeypatch, s8=5, s9=5, s11=10, s12=10)
+    run = healthy_run(tmp_path, monkeypatch, step=20)
+    for expected, held in ((12, True), (12, False), (9, False)):
+        roll_back(run, "It is sick")
+        run.rollbacks[-1]["held"] = held
+        assert run.step == expected
+        run.step = 20
+    run.recipe = load_recipe("audio_tiny", ["health.max_rollbacks=9"])
+    with pytest.raises(
+        Collapsed, match="went back to step 9 and was not healthy from there on, and no checkpoint"
+    ):
+        roll_back(run, "It is sick")
+    run.recipe = load_recipe("audio_tiny")
+    with pytest.raises(Collapsed, match=r"It went back 3 times \(health.max_rollbacks=3\)"):
+        roll_back(run, "It is sick")
+
+
+def test_samples_that_cannot_be_read_count_once_after_going_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_healthy(tmp_path, monkeypatch, s9=9)
+    run = healthy_run(tmp_path, monkeypatch, step=20)
+    faults = [Fault("audio", f"a.tar:{i}", "damaged", 15) for i in range(15)]
+    run.faults.add(faults, samples_seen=10_000)
+    roll_back(run, "It is sick")
+    run.faults.add(faults, samples_seen=10_000)
+    assert run.faults.counts.total() == 15
 
 
 # ---- the original's thresholds ----
