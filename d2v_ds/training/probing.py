@@ -247,7 +247,11 @@ def open_part(corpus: Corpus, recipe: Recipe, key: str) -> Part:
     except ValueError as error:
         raise ValueError(f"{key}={getattr(recipe.probe, key[6:])}: {error}") from error
     if key == "probe.train" and len(labels.unique()) < 2:
-        raise ValueError(f"{key} holds one class alone ({labels[0]}); a probe needs two or more")
+        raise ValueError(
+            f"{key}={recipe.probe.train} holds one class alone ({labels[0]}) in the {len(labels)} samples that are "
+            "looked at; a probe needs two or more: name shards of several classes, or another probe.label, or raise "
+            f"probe.samples={recipe.probe.samples}"
+        )
     return Part(corpus, indices, labels, f"{key}={getattr(recipe.probe, key[6:])}")
 
 

@@ -63,6 +63,10 @@ def results(folder: Path) -> dict[str, dict]:
             "no shards": Command(folder / "none", [*zero0, *PROBED, "probe.test=absent-*.tar"]),
             "no labels": Command(folder / "none", [*zero0, *PROBED, "probe.train=text-train-*.tar"]),
             "words": Command(folder / "none", [*zero0, *PROBED, "probe.label=txt"]),
+            "one class": Command(
+                folder / "none",
+                [*zero0, *PROBED, f"probe.train={write_shard(folder / 'mono.tar', ['3'] * 4)}"],
+            ),
             "overlap": Command(folder / "none", [*zero0, *PROBED, "probe.test=multimodal-train-000000.tar"]),
             "garbled": Command(folder / "none", [*zero0, *PROBED, f"probe.test={garbled}"]),
         },
@@ -150,14 +154,15 @@ def test_the_last_probe_is_what_the_saved_weights_give(weights: str, results: di
 
 
 def test_mistakes_are_told_before_training(results: dict) -> None:
-    mistakes = ("no shards", "no labels", "words", "overlap", "garbled")
-    assert [results[name]["code"] for name in mistakes] == [2] * 5
+    mistakes = ("no shards", "no labels", "words", "one class", "overlap", "garbled")
+    assert [results[name]["code"] for name in mistakes] == [2] * 6
     assert "probe.test=absent-*.tar" in results["no shards"]["err"]
     assert (
         "probe.train=text-train-*.tar" in results["no labels"]["err"]
         and "no 'label'" in results["no labels"]["err"]
     )
     assert "is no integer" in results["words"]["err"] and "probe.label" in results["words"]["err"]
+    assert "mono.tar holds one class alone (3) in the 4 samples" in results["one class"]["err"]
     assert "both name" in results["overlap"]["err"] and "give other shards" in results["overlap"]["err"]
     assert "garbled.tar: garbled.tar:7 cannot be used: undecodable image" in results["garbled"]["err"]
     assert not any("step 1/" in results[name]["out"] for name in mistakes)
