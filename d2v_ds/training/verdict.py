@@ -39,19 +39,20 @@ HEALTHY = Finding("healthy")
 def judge(values: Mapping[str, float], margin: float = 1.0) -> Finding:
     """The verdict on one modality's numbers, named as d2v_ds.training.health names them, without the modality.
 
-    The first that fits: what is constant has no content and no rank either. `margin`: how many times the least
-    content and spread it takes to be healthy.
+    The first that fits: what is constant has no content and no rank either, and targets, of which all else follows,
+    come before the student. `margin`: how many times the least content and spread it takes to be healthy.
     """
     numbers = {key: value for key, value in values.items() if not key.endswith(("content", "rank"))}
     odd = [key for key, value in numbers.items() if not math.isfinite(value)]
     if odd:
         return Finding("diverging", f"{odd[0]} is {values[odd[0]]}")
-    for key in ("token_spread", "encoder_token_spread"):
+    for place, least in (("", LEAST_CONTENT), ("encoder_", LEAST_ENCODER_CONTENT)):
+        key = f"{place}token_spread"
         if values[key] < margin * LEAST_TOKEN_SPREAD:
             return Finding("constant", f"{key} {values[key]:.1e} is below {LEAST_TOKEN_SPREAD:g}")
-    if values["explained"] < LEAST_EXPLAINED:
-        return Finding("diverging", f"explained {values['explained']:.1f} is below {LEAST_EXPLAINED:g}")
-    for key, least in (("content", LEAST_CONTENT), ("encoder_content", LEAST_ENCODER_CONTENT)):
+        if values["explained"] < LEAST_EXPLAINED:
+            return Finding("diverging", f"explained {values['explained']:.1f} is below {LEAST_EXPLAINED:g}")
+        key = f"{place}content"
         if values[key] < margin * least:  # not a number (every position was seen once) says nothing
             return Finding("position-only", f"{key} {values[key]:.4f} is below {least:g}")
     for key, least in (("rank", LEAST_RANK), ("encoder_rank", LEAST_ENCODER_RANK)):

@@ -64,6 +64,15 @@ def test_what_a_fresh_network_predicts_is_no_divergence(explained: float, verdic
     assert watch.verdicts() == {"audio": verdict}
 
 
+def test_targets_of_position_alone_are_named_beside_a_student_that_is_constant() -> None:
+    """Speech whose student gave up when its targets had: content .008 and spread 1e-4, as seen at step 80."""
+    watch = Watch(patience=1)
+    watch.look(numbers(content=0.008, encoder_token_spread=1e-4, encoder_content=0.0))
+    assert watch.verdicts() == {"audio": "position-only"}
+    watch.look(numbers(encoder_token_spread=1e-4, encoder_content=0.0))
+    assert watch.verdicts() == {"audio": "constant"}
+
+
 # ---- what stays to go back to ----
 
 
