@@ -168,8 +168,8 @@ def first_there(data: str, given: str | None, patterns: tuple[str, ...], verb: s
 
 
 def overlap(train: list[Any], test: list[Any]) -> list[str]:
-    """Shards that both name, by whatever path."""
-    named = ({str(s.absolute() if isinstance(s, Path) else s) for s in shards} for shards in (train, test))
+    """Shards that both name, by whatever path or link."""
+    named = ({str(s.resolve() if isinstance(s, Path) else s) for s in shards} for shards in (train, test))
     return sorted(set.intersection(*named))
 
 

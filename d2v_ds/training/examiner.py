@@ -25,7 +25,8 @@ from d2v_ds.modalities.source import shard_pattern
 from d2v_ds.model.heads import HEAD, build_head
 from d2v_ds.recipe import Recipe
 from d2v_ds.tasks.evaluate import answers, best_path, import_jiwer, renumber, score_transcripts
-from d2v_ds.tasks.items import Items, Name, open_items
+from d2v_ds.tasks.frozen import overlap
+from d2v_ds.tasks.items import Items, Name, ShardItems, open_items
 from d2v_ds.tasks.metrics import check_metrics, measure
 from d2v_ds.tasks.table import Bad, write_whole
 from d2v_ds.training.agreement import together
@@ -166,9 +167,23 @@ def open_examiner(recipe: Recipe, sources: list[Source]) -> Examiner:
     for name, pattern in patterns.items():
         data = where(recipe, pattern)
         items = open_items(data, source.name, samples, task.label)
+        refuse_trained(pattern, source, items)
         others = {} if task.head == "ctc" else renumber(data, task.labels or (), task.label)
         parts[name] = items, [read_truth(items, i, source.samples.parse, others) for i in range(len(items))]
     return Examiner(recipe, parts, samples)
+
+
+def refuse_trained(pattern: str, source: Source, items: Items) -> None:
+    """Raises ValueError for a test that holds shards of the training."""
+    if not isinstance(items, ShardItems):
+        return
+    shards = ([index.remote or index.path for index in each.corpus.indexes] for each in (source, items))
+    if both := overlap(*shards):
+        raise ValueError(
+            f"task.test={pattern} names {both[0]}, which the run learns from, so its best checkpoint would be the one "
+            f"that knows it by heart; give other shards, or keep it from the training: "
+            f"modalities.{source.name}.data.shards= (`d2v eval` measures on any)"
+        )
 
 
 def where(recipe: Recipe, pattern: str) -> str:

@@ -19,10 +19,11 @@ from d2v_ds.data import Draw
 from d2v_ds.engine.build import parameter_groups
 from d2v_ds.modalities.build import build_tuned
 from d2v_ds.modalities.image.samples import ImageSamples
+from d2v_ds.modalities.source import open_source
 from d2v_ds.model.tuned import Task
 from d2v_ds.recipe import load_recipe
 from d2v_ds.training.classes import with_classes
-from d2v_ds.training.examiner import Examiner, where, write_best
+from d2v_ds.training.examiner import Examiner, open_examiner, where, write_best
 from d2v_ds.training.init import check_task, drop_paths, with_network
 from d2v_ds.training.schedule import learning_rate, scaled
 
@@ -226,6 +227,18 @@ def test_a_test_is_never_the_shards_that_are_trained_on() -> None:
         ValueError, match=r"task.test=images-test-\*.tar is a pattern inside the data folder, but"
     ):
         where(recipe, recipe.task.test)
+
+
+def test_a_test_of_shards_that_are_trained_on_is_refused_whatever_they_are_called(tmp_path) -> None:
+    (tmp_path / "held-out-000000.tar").symlink_to(SAMPLE / "multimodal-train-000000.tar")
+    settings = [f"data={SAMPLE}", "modalities.image.data.shards=multimodal-train-*.tar"]
+    for test in (f"{tmp_path}/held*.tar", "multimodal-*.tar", f"{{a: multimodal-val-*.tar, b: {tmp_path}}}"):
+        recipe = load_recipe("finetune_image_tiny", [*settings, f"task.test={test}"])
+        source = open_source("image", recipe.modalities["image"], recipe.data, recipe.task)
+        with pytest.raises(ValueError, match=r"task.test=.* names .*000.tar, which the run learns from"):
+            open_examiner(recipe, [source])
+    recipe = load_recipe("finetune_image_tiny", [*settings, "task.test=multimodal-val-*.tar"])
+    assert open_examiner(recipe, [source]).parts
 
 
 SETTINGS = [
