@@ -8,6 +8,7 @@ compared.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,7 @@ OWN_HEADS = ("attentive_classification", "utterance_classification")
 """Of which neither transformers nor fairseq has one."""
 FORMATS = ("safetensors", "hf", "fairseq", "onnx")
 Weights = Literal["student", "teacher", "both"]
+log = logging.getLogger(__name__)
 LICENCE = (
     "These weights were imported: they have the licence of their source, which the file does not tell. If Meta "
     "released them: fairseq's README puts pre-trained models under MIT, but the README of its data2vec those of "
@@ -44,6 +46,8 @@ def find_checkpoint(run: Path) -> Checkpoint:
         return Checkpoint(run)
     best = best_checkpoint(run)
     found, problems = (best, []) if best else newest(run)
+    if found is not None and problems:
+        log.warning("%s; taking %s", "; ".join(problems), found.name)
     if found is None:
         why = "; ".join(problems) or "it has no step_* folder"
         raise ValueError(
@@ -53,7 +57,7 @@ def find_checkpoint(run: Path) -> Checkpoint:
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """What best.json of a fine-tuned run names, if it is there and whole."""
+    """What best.json of a fine-tuned run names, if it is there and whole; a warning if it is not."""
     if not (run / "best.json").is_file():
         return None
     try:
@@ -63,7 +67,11 @@ def best_checkpoint(run: Path) -> Path | None:
             f"{run}/best.json is damaged, so which checkpoint is the best is not known; name one, {run}/step_*, or "
             "delete it for the newest"
         ) from error
-    return best if best.is_dir() and damage(best) is None else None
+    problem = damage(best) if best.is_dir() else f"{best} is not there"
+    if problem is None:
+        return best
+    log.warning("best.json names %s as the best checkpoint, but %s; taking the newest", best.name, problem)
+    return None
 
 
 def collect_weights(checkpoint: Checkpoint, weights: Weights) -> dict[str, Tensor]:

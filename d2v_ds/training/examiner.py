@@ -72,6 +72,10 @@ class Examiner:
         if dist.is_initialized():  # a shared disk may show it to some ranks alone, and all must save together
             dist.broadcast_object_list(found)
         self.best = found[0]
+        if best and self.best is None and self.parts:
+            run.say(
+                f"{folder_name(best['step'])}, the best checkpoint, is not there any more: the best is chosen anew"
+            )
         if run.rank == 0:
             write_best(run.folder, self.best)  # a kill may have left that of a checkpoint that was not saved
 

@@ -39,6 +39,17 @@ def test_the_best_checkpoint_stays_whatever_follows_a_collapse(tmp_path, on_coll
     assert begun["loop"]["best"] == BEST and begun["loop"]["test"] == {"": "a"}
 
 
+def test_a_best_checkpoint_that_is_gone_is_said(tmp_path, caplog) -> None:
+    """By what reads the run, which takes the newest, and by the run that goes on."""
+    (tmp_path / "best.json").write_text(json.dumps(BEST))
+    assert best_checkpoint(tmp_path) is None
+    assert "names step_00000004 as the best" in caplog.text and "not there; taking the newest" in caplog.text
+    recipe, said = load_recipe("finetune_audio_tiny"), []
+    again = examiner(recipe, "a")
+    again.go_on(SimpleNamespace(folder=tmp_path, rank=0, say=said.append), {"best": BEST})
+    assert again.best is None and "step_00000004, the best checkpoint, is not there any more" in said[0]
+
+
 def test_a_run_that_goes_on_knows_its_best_unless_it_is_scored_on_others(tmp_path) -> None:
     recipe, said = load_recipe("finetune_audio_tiny"), []
     run = SimpleNamespace(folder=tmp_path, rank=0, say=said.append)
