@@ -75,6 +75,9 @@ train() { # RECIPE and more key=value
         IFS=, read -ra devices <<< "$CUDA_VISIBLE_DEVICES"
         [ "$gpus" -le "${#devices[@]}" ] ||
             fail "NUM_GPUS=$gpus, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names ${#devices[@]}"
+        if [[ "$CUDA_VISIBLE_DEVICES" == *[!0-9,]* ]]; then # GPU-... or MIG-..., of which deepspeed takes none
+            exec python -m torch.distributed.run --standalone --nproc_per_node "$gpus" train.py "${arguments[@]}"
+        fi
         places=(--include "localhost:$(IFS=,; echo "${devices[*]:0:gpus}")")
     fi
     exec deepspeed "${places[@]}" train.py "${arguments[@]}"

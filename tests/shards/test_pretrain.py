@@ -95,6 +95,16 @@ def test_gpus_are_those_of_cuda_visible_devices(tmp_path):
     assert said == "error: NUM_GPUS=2, but CUDA_VISIBLE_DEVICES=3 names 1"
 
 
+def test_gpus_are_named_by_their_ids_too(tmp_path):
+    """Of which deepspeed takes none."""
+    data = write_tree(tmp_path, {"s/a.tar": ""}) / "s"
+    for ids in ("GPU-8a1b,GPU-9c2d", "MIG-3e4f,MIG-5a6b"):
+        *_, said = commands(tmp_path, "pretrain_image.sh", DATA=str(data), CUDA_VISIBLE_DEVICES=ids)
+        assert said.startswith(
+            "bin/python -m torch.distributed.run --standalone --nproc_per_node 2 train.py --deepspeed zero2"
+        )
+
+
 def test_paths_are_those_of_the_caller_whatever_they_are_called(tmp_path):
     """A folder with brackets is no pattern; the virtual environment and a DeepSpeed file may be relative, too."""
     write_tree(tmp_path, {"a[1] b/x-train-0.tar": "", "ds.json": "{}"})
