@@ -4,7 +4,8 @@
 #   PYTHON     what makes it (default: python3; 3.10 to 3.12)
 #   D2V_EXTRAS which extras of setup.py it gets (default: dev, which has all; quickstart.sh: none)
 #
-# The checkout is installed each time; its dependencies again when setup.py has changed.
+# The checkout is installed each time; its dependencies again when setup.py has changed. Paths of key=value arguments are
+# the caller's, who may stand elsewhere; out=, init= and data=FOLDER stand for OUT, INIT and DATA where those are not set.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${D2V_VENV:-$root/.venv}"
@@ -33,6 +34,34 @@ make_venv() {
         python -m pip install --quiet --no-build-isolation --no-deps -e "$root"
     fi
 }
+
+# absolute PATHS: paths or patterns, joined by ::, as they are seen from here; URLs stay.
+absolute() {
+    local rest="$1::" part whole=""
+    while [ -n "$rest" ]; do
+        part="${rest%%::*}" rest="${rest#*::}"
+        case "$part" in "" | null | /* | "~"* | *://* | pipe:* | "{"*": "*) ;; *) part="$PWD/$part" ;; esac
+        whole+="${whole:+::}$part"
+    done
+    echo "$whole"
+}
+
+for argument in "$@"; do # the arguments of the script that sources this
+    shift
+    key="${argument%%=*}" value="${argument#*=}"
+    if [ ! "$PWD" -ef "$root" ]; then
+        case "$argument" in data=* | init=* | out=* | remote.cache=* | task.vocabulary=* | task.test=*/* | *.data.tokenizer=*)
+            value="$(absolute "$value")" ;;
+        esac
+    fi
+    case "$key" in
+        out) OUT="${OUT:-$value}" ;;
+        init) [ "$value" = null ] || INIT="${INIT:-$value}" ;;
+        data) [ ! -d "$value" ] || DATA="${DATA:-$value}" ;;
+    esac
+    [[ "$argument" != *=* ]] || argument="$key=$value"
+    set -- "$@" "$argument"
+done
 
 [ "$venv" = none ] || make_venv
 cd "$root"

@@ -19,6 +19,11 @@ for name in INIT GLUE; do
     [ ! -e "${!name:-}" ] || printf -v "$name" %s "$(realpath "${!name}")"
 done
 source "$(dirname "${BASH_SOURCE[0]}")/pretrain.sh"
+for argument in "$@"; do
+    case "$argument" in init=* | data=* | out=* | seed=* | optim.lr=*)
+        fail "$argument would be that of every run; set INIT, GLUE, OUT, SEEDS or LRS in its place" ;;
+    esac
+done
 
 out="${OUT:-checkpoints/glue}"
 read -ra tasks <<< "${TASKS:-cola mnli mrpc qnli qqp rte sst2 stsb}"

@@ -6,6 +6,9 @@
 set -euo pipefail
 began=$SECONDS
 D2V_EXTRAS="${D2V_EXTRAS-}" # training needs none
+for name in OUT DIGITS; do # environment.sh changes the folder
+    case "${!name:-}" in "" | /*) ;; *) printf -v "$name" %s "$PWD/${!name}" ;; esac
+done
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 echo "installed after $((SECONDS - began)) s"
 

@@ -105,6 +105,33 @@ def test_gpus_are_named_by_their_ids_too(tmp_path):
         )
 
 
+def test_paths_among_the_arguments_are_those_of_the_caller_too(tmp_path):
+    """Patterns and lists as well; what stands inside the data folder, what is absolute, URLs and other keys stay."""
+    write_tree(tmp_path, {"my shards/a.tar": "", "run/latest": ""})
+    arguments = [
+        "data=./my shards",
+        "init=run",
+        "out=new",
+        "task.test=b/*.tar",
+        "task.label=a/b",
+        "optim.lr=1e-3",
+    ]
+    *_, said = commands(tmp_path, "finetune_image.sh", *arguments, DATASET="own", NUM_GPUS="0")
+    here = f"data={tmp_path}/./my shards init={tmp_path}/run out={tmp_path}/new"
+    assert said.endswith(f"{here} task.test={tmp_path}/b/*.tar task.label=a/b optim.lr=1e-3")
+    assert f" out={tmp_path}/new data={tmp_path}/./my shards " in said
+    stays = ["init=null", "data=s3://b/c::/d", "task.test=*val*.tar", "modalities.image.data.shards=e/*.tar"]
+    *_, said = commands(tmp_path, "finetune_image.sh", *stays, DATASET="own", NUM_GPUS="0", DATA="my shards")
+    assert said.endswith(" ".join(stays)) and said.count("init=") == 1
+    said = commands(tmp_path, "finetune_speech.sh", "data=my shards", "init=run", NUM_GPUS="0")
+    assert f"init={tmp_path}/run" in said[-1]
+    said = commands(tmp_path, "finetune_glue.sh", "out=new", INIT="run")
+    assert said == [
+        "error: out="
+        + f"{tmp_path}/new would be that of every run; set INIT, GLUE, OUT, SEEDS or LRS in its place"
+    ]
+
+
 def test_paths_are_those_of_the_caller_whatever_they_are_called(tmp_path):
     """A folder with brackets is no pattern; the virtual environment and a DeepSpeed file may be relative, too."""
     write_tree(tmp_path, {"a[1] b/x-train-0.tar": "", "ds.json": "{}"})
