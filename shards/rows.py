@@ -172,7 +172,7 @@ def is_missing(value: Any) -> bool:
 def as_number(value: Any, where: str) -> float:
     """A label of regression."""
     try:
-        number = float(value)
+        number = math.nan if "_" in str(value) else float(value)  # Python takes 1_0 for 10
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):

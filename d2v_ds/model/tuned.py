@@ -105,11 +105,7 @@ class Task(Config):
                 f"no label: '{self.label}' is not in it, or empty; name its member or json key, task.label="
             )
         if self.outputs == 1:
-            try:
-                number = float(text)
-            except ValueError:
-                number = math.nan
-            if not math.isfinite(number):
+            if not math.isfinite(number := as_number(text)):
                 raise ValueError(f"label {text!r} is no number, task.outputs=1 needs one")
             return number * self.factor
         number = int(text) if text.isascii() and text.isdigit() else -1
@@ -246,6 +242,14 @@ def ctc_loss(logits_BTC: Tensor, labels_BL: Tensor, padding_BT: Tensor | None) -
         reduction="sum",
         zero_infinity=True,
     )
+
+
+def as_number(text: str) -> float:
+    """A label of a regression; NaN for what is none, as `1_0`, which Python takes for 10."""
+    try:
+        return math.nan if "_" in text else float(text)
+    except ValueError:
+        return math.nan
 
 
 def as_labels(values: list[Any], outputs: int) -> Tensor:

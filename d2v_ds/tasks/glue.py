@@ -16,6 +16,7 @@ import torch
 from d2v_ds.convert.features import Encoder
 from d2v_ds.convert.load import load
 from d2v_ds.modalities.source import shard_pattern
+from d2v_ds.model.tuned import as_number
 from d2v_ds.tasks.embed import best_device
 from d2v_ds.tasks.evaluate import answers, check_head, own_label, read_classes, read_labels
 from d2v_ds.tasks.items import Items, open_items, paired
@@ -130,11 +131,7 @@ def read_truths(items: Items, encoder: Encoder, label: str, data: str | Path) ->
         return read_classes(items, encoder, label, data)
     truths = []
     for i, text in enumerate(read_labels(items, label)):
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
+        if not math.isfinite(number := as_number(text)):
             raise ValueError(f"label {text!r} of {items.name(i).full} is no number, which the head gives")
         truths.append(number)
     return truths

@@ -82,6 +82,8 @@ def read_labels(corpus: Corpus, indices: Iterable[int], label: str) -> Tensor:
     for i in indices:
         value = corpus.read(i)["label"]
         try:
+            if b"_" in value:  # Python takes 1_0 for 10
+                raise ValueError(value)
             labels.append(int(value))
         except ValueError as error:
             raise ValueError(

@@ -79,8 +79,10 @@ def test_numbers_are_kept_for_regression(tmp_path):
     found = make(write(tmp_path / "n.tsv", rows), tmp_path / "m", "--regression")
     assert [s["label"] for s in found] == [r["label"] for r in rows]
     assert "is no class; --regression takes numbers" in refuse(tmp_path / "n.parquet")
-    rows[3]["label"] = "nan"
-    assert "row 4: label 'nan' is no number" in refuse(write(tmp_path / "b.tsv", rows), "--regression")
+    for text in ("nan", "1_0"):
+        rows[3]["label"] = text
+        said = refuse(write(tmp_path / "b.tsv", rows), "--regression")
+        assert f"row 4: label '{text}' is no number" in said
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path):

@@ -17,11 +17,13 @@ import d2v_ds
 from d2v_ds.cli import main
 from d2v_ds.convert.consolidate import write_export
 from d2v_ds.convert.stored import Stored
+from d2v_ds.data import Corpus
 from d2v_ds.modalities.build import build_model
 from d2v_ds.model.heads import HEAD, HeadConfig, build_head
 from d2v_ds.model.tuned import Task
 from d2v_ds.recipe import load_recipe
 from d2v_ds.tasks.glue import GLUE, evaluate_glue
+from d2v_ds.tasks.probe import read_labels
 from shards.command import main as prepare
 from shards.glue import TASKS
 
@@ -145,13 +147,16 @@ def test_what_cannot_be_measured_is_an_error_that_says_why(make, shards, tmp_pat
         evaluate_glue(number, shards / "mrpc")
     with pytest.raises(ValueError, match="has no label: 'json.absent'"):
         evaluate_glue(two, shards / "mrpc", label="json.absent")
-    for name in ("a.txt", "a.cls"):
-        (tmp_path / name).write_text("nan")
-    with tarfile.open(tmp_path / "nan.tar", "w") as tar:
+    for text in ("nan", "1_0"):
         for name in ("a.txt", "a.cls"):
-            tar.add(tmp_path / name, name)
-    with pytest.raises(ValueError, match="label 'nan' of .* is no number"):
-        evaluate_glue(number, tmp_path / "nan.tar")
+            (tmp_path / name).write_text(text)
+        with tarfile.open(tmp_path / f"{text}.tar", "w") as tar:
+            for name in ("a.txt", "a.cls"):
+                tar.add(tmp_path / name, name)
+        with pytest.raises(ValueError, match=f"label '{text}' of .* is no number"):
+            evaluate_glue(number, tmp_path / f"{text}.tar")
+    with pytest.raises(ValueError, match="label b'1_0' of .* is no integer"):
+        read_labels(Corpus.open([tmp_path / "1_0.tar"], {"text": "txt", "label": "cls"}), [0], "cls")
     with pytest.raises(ValueError, match="--task wnli is none of cola"):
         evaluate_glue(two, shards / "mrpc", task="wnli")
     with pytest.raises(ValueError, match="metric 'bleu' is not known"):

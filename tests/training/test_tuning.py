@@ -113,7 +113,7 @@ def test_labels_that_cannot_be_said_are_named(text: str, said: str) -> None:
         task.parse(text)
 
 
-@pytest.mark.parametrize("text", ["nan", "-inf", "1e999", "high", "1,5"])
+@pytest.mark.parametrize("text", ["nan", "-inf", "1e999", "high", "1,5", "1_0"])
 def test_a_regression_takes_finite_numbers_alone(text: str) -> None:
     task = Task(head="image_classification", outputs=1)
     assert task.parse("-1.5e-3") == -1.5e-3
