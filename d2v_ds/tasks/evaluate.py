@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +24,12 @@ from d2v_ds.modalities.audio.vocabulary import (
     open_vocabulary,
     writable,
 )
-from d2v_ds.model.tuned import Task
+from d2v_ds.model.tuned import Task, as_number
 from d2v_ds.tasks.beam import Beam, BeamDecoder
 from d2v_ds.tasks.embed import best_device
 from d2v_ds.tasks.groups import Ready, cut_batches, make_groups, prepare
 from d2v_ds.tasks.items import Items, open_items
-from d2v_ds.tasks.metrics import measure
+from d2v_ds.tasks.metrics import OF_NUMBERS, measure
 from d2v_ds.tasks.table import Bad, write_whole
 
 LABELS = {"classify": "cls;json.label", "ctc": "txt;json.text"}
@@ -59,7 +60,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics of a model with a head on labelled shards, written to `out` as JSON too, if it is named.
 
-    `classify`: accuracy, top5_accuracy of heads with more than five outputs, and what a run of ours was scored by.
+    `classify`: accuracy, top5_accuracy of heads with more than five outputs, and what a run of ours was scored by; of a
+    head with one output, a number, pearson and spearman.
     `ctc`: wer and cer over all words and characters (jiwer), of the best path or of what `search` finds. Samples that
     cannot be decoded are counted as `unreadable`, with their names, and take no part.
 
@@ -81,7 +83,7 @@ def evaluate(
     label = label or own_label(encoder, LABELS[kind])
     items = open_items(data, encoder.modality, encoder.samples, label)
     truths = (
-        read_classes(items, encoder, label, data)
+        read_truths(items, encoder, label, data)
         if kind == "classify"
         else read_transcripts(items, encoder, label)
     )
@@ -117,8 +119,6 @@ def check_head(encoder: Encoder, kind: str) -> None:
             f"{encoder.origin} has a head of kind {encoder.head_config.kind}, {kind} needs "
             f"{' or '.join(HEADS[kind])}; use `d2v eval {other}`"
         )
-    if kind == "classify" and encoder.head_config.outputs == 1:
-        raise ValueError(f"{encoder.origin} has one output, a regression; classify needs two classes or more")
     if kind == "ctc" and encoder.head_config.labels is None:
         raise ValueError(
             f"the letters of {encoder.origin} are not known, so its transcripts cannot be written; "
@@ -210,6 +210,18 @@ def renumber(data: str | Path, names: tuple[str, ...], label: str) -> dict[str, 
     }
 
 
+def read_truths(items: Items, encoder: Encoder, label: str, data: str | Path) -> list[float]:
+    """Numbers, or numbers of the head's outputs: where it names them and the shards do, by name."""
+    if encoder.head_config.outputs > 1:
+        return read_classes(items, encoder, label, data)
+    truths = []
+    for i, text in enumerate(read_labels(items, label)):
+        if not math.isfinite(number := as_number(text)):
+            raise ValueError(f"label {text!r} of {items.name(i).full} is no number, which the head gives")
+        truths.append(number)
+    return truths
+
+
 def read_classes(items: Items, encoder: Encoder, label: str, data: str | Path) -> list[int]:
     """Numbers of the head's outputs; labels may be those, or names of classes that are no such numbers."""
     names = encoder.head_config.labels or ()
@@ -278,8 +290,11 @@ def own_pieces(encoder: Encoder, case: Case) -> Vocabulary | None:
 # ---- how much of it the model says -----------------------------------------------------------------------------
 
 
-def score_classes(said: list[tuple[Tensor, int]], task: Task | None = None) -> dict[str, float]:
+def score_classes(said: list[tuple[Tensor, float]], task: Task | None = None) -> dict[str, float]:
     logits_BC, truth_B = torch.stack([row for row, _ in said]), torch.tensor([truth for _, truth in said])
+    if logits_BC.shape[1] == 1:
+        found = measure(OF_NUMBERS, logits_BC, truth_B)
+        return {name: found[name] for name in OF_NUMBERS}
     found = {"accuracy": (logits_BC.argmax(dim=1) == truth_B).double().mean().item()}
     if logits_BC.shape[1] > 5:
         best = logits_BC.topk(5, dim=1).indices

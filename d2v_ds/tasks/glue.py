@@ -7,7 +7,6 @@ alike.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ import torch
 from d2v_ds.convert.features import Encoder
 from d2v_ds.convert.load import load
 from d2v_ds.modalities.source import shard_pattern
-from d2v_ds.model.tuned import as_number
 from d2v_ds.tasks.embed import best_device
-from d2v_ds.tasks.evaluate import answers, check_head, own_label, read_classes, read_labels
-from d2v_ds.tasks.items import Items, open_items, paired
+from d2v_ds.tasks.evaluate import answers, check_head, own_label, read_truths
+from d2v_ds.tasks.items import open_items, paired
 from d2v_ds.tasks.metrics import OF_NUMBERS, check_metrics, measure
 from d2v_ds.tasks.table import Bad, write_whole
 
@@ -123,18 +121,6 @@ def choose_metrics(encoder: Encoder, task: str | None, metrics: list[str] | None
     names = tuple(metrics or GLUE.get(task, unsaid))
     check_metrics(names, encoder.head_config.outputs, encoder.origin)
     return names
-
-
-def read_truths(items: Items, encoder: Encoder, label: str, data: str | Path) -> list[float]:
-    """Numbers, or numbers of the head's outputs: where it names them and the shards do, by name."""
-    if encoder.head_config.outputs > 1:
-        return read_classes(items, encoder, label, data)
-    truths = []
-    for i, text in enumerate(read_labels(items, label)):
-        if not math.isfinite(number := as_number(text)):
-            raise ValueError(f"label {text!r} of {items.name(i).full} is no number, which the head gives")
-        truths.append(number)
-    return truths
 
 
 def flatten(found: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ranks import SAMPLE
+from scipy.stats import pearsonr, spearmanr
 
 import d2v_ds
 from d2v_ds.cli import main
@@ -74,6 +75,19 @@ def test_accuracy_is_that_of_the_models_own_predictions(make, val, tmp_path, cap
     assert found["accuracy"] == pytest.approx(accuracy) and found["top5_accuracy"] == pytest.approx(top5)
     assert found["samples"] == len(val) and found["unreadable"] == []
     assert f"{accuracy:.4f}" in capsys.readouterr().out
+
+
+def test_a_regression_of_images_is_measured_by_correlation(make, val):
+    folder = make("image", 1)
+    encoder = d2v_ds.load(folder)
+    samples = [val.read(i) for i in range(len(val))]
+    said = encoder.predict([sample["image"] for sample in samples])
+    truth = [float(sample["digit"]) for sample in samples]
+    found = evaluate("classify", folder, VAL, label="json.digit")
+    assert found["pearson"] == pytest.approx(pearsonr(said, truth)[0], abs=1e-5)
+    assert found["spearman"] == pytest.approx(spearmanr(said, truth)[0], abs=1e-5) and "accuracy" not in found
+    with pytest.raises(ValueError, match="label .* is no number, which the head gives"):
+        evaluate("classify", folder, VAL, label="txt")
 
 
 def test_error_rates_are_the_edits_to_the_models_own_transcripts(make, val):
