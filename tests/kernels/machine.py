@@ -85,7 +85,8 @@ def counted_bytes() -> Iterator[dict[str, int]]:
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """In place of a kernel's `_allocate`: an element that is not written is seen."""
-    return torch.full(tuple(shape), torch.nan, dtype=dtype, device=device)
+    value = torch.nan if dtype.is_floating_point else 0  # a rank of 0 where none belongs
+    return torch.full(tuple(shape), value, dtype=dtype, device=device)
 
 
 @dataclass

@@ -206,6 +206,10 @@ def test_kernels_move_the_bytes_that_their_docstring_says(name: str, interpreted
         _, block_d, _ = targets.tile_shape("instance", case.T, case.D)
         rows = case.B * case.views
         read, written = read + -(-case.D // block_d) * 2 * rows * case.T, word * rows * (case.T // 3) * case.D
+        read, written = (
+            read + 8 * rows * (case.T // 3),
+            written + 2 * rows * (case.T + case.T // 3),
+        )  # that list
     assert interpreted["bytes"][name] == {"read": read, "written": written}
 
 
@@ -273,6 +277,8 @@ def test_kernel_is_not_offered_where_it_would_be_wrong() -> None:
     assert not has_kernel([x_BTD, torch.randn(2, 6, 7)[:, 1:]], "instance")
     assert not has_kernel([x_BTD, x_BTD.half()], "instance")
     assert not has_kernel([transposed_BTD, transposed_BTD], "instance")
+    far_BTD = torch.empty_strided((2, 4096, 8), (8, 2**19, 1), device="meta")  # offsets beyond int32
+    assert not has_kernel([far_BTD, far_BTD], "instance")
     assert make_targets([x_BTD, transposed_BTD]).shape == (2, 5, 7)
 
 
@@ -378,6 +384,15 @@ def compile_kernel(
     aligned = [("layers", k) for k in range(K)] + ["out"]
     aligned += [name for name, size in sizes.items() if size % 16 == 0]
     return compiler(kernel, types, constants, aligned, capability, num_warps=num_warps)
+
+
+def test_one_launch_makes_the_lists_of_ranks(compiler) -> None:  # noqa: F811
+    """Filled and written by one program a row, of lists longer than its block as well."""
+    types = {"masked": "*i64", "ranks": "*i16"}
+    for capability in CAPABILITIES:
+        done = compiler(targets._rank_kernel, types, {"BLOCK": 256}, ["masked"], capability, num_warps=4)
+        done.check(SHARED_LIMIT[capability])
+        assert "bar.sync" in done.ptx
 
 
 if __name__ == "__main__":
