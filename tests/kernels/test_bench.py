@@ -1,5 +1,7 @@
 """The measuring script runs, on tiny shapes; what it says about speed only a GPU can tell."""
 
+import gc
+import importlib.util
 import json
 import os
 import subprocess
@@ -27,6 +29,55 @@ def test_check_writes_every_row_of_the_aims(tmp_path: Path):
     assert [row["kernel"] for row in rows] == kernels
     assert all(row["error"] < 3e-2 and row["ms"] > 0 and row["baselines"]["eager"]["ms"] > 0 for row in rows)
     assert (tmp_path / "kernels.md").read_text().count("\n| ") == len(rows) + 1
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "scripts" / "bench_kernels.py")
+    module = sys.modules["bench_kernels"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_gpu_is_kept_busy_until_all_is_launched(monkeypatch: pytest.MonkeyPatch):
+    """Else the host's time is measured, where a kernel takes 50 us."""
+    script, calls = load_script(), []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            pass
+
+        def record(self):
+            calls.append("event")
+
+        def synchronize(self):
+            calls.append("wait")
+
+        def elapsed_time(self, end) -> float:
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("sleep"))
+    timer = script.Timer(torch.device("cpu"), 1)
+    timer.is_gpu = True
+    assert timer.once(lambda: calls.append("work")) == 1.0
+    assert calls == ["sleep", "event", "work", "event", "wait"]
+
+
+@pytest.mark.parametrize("name", ["bench_attention", "bench_regression"])
+def test_no_gradient_of_a_run_before_counts_as_an_input(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Memory beyond the inputs holds the gradients too: none is left when a peak is taken."""
+    script, left = load_script(), []
+    bench = script.Bench(script.Timer(torch.device("cpu"), 1), True, copy_rate=1.0, matmul_rate=1.0)
+
+    def peak(function) -> float:
+        function()
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+        left.append(sum(x.is_leaf and x.grad is not None for x in tensors))
+        return 0.0
+
+    monkeypatch.setattr(bench.timer, "peak", peak)
+    getattr(script, name)(bench)
+    assert left and not any(left)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
