@@ -5,22 +5,25 @@
     python scripts/bench_step.py --cpu --profile  # the ten largest costs of one step of each, as a table
 
 One process, the project's own engine and step (ZeRO-0 on a CPU, ZeRO-2 on a GPU): forward of student and teacher,
-backward, clipping, AdamW, EMA. Random input. FLOPs are counted by torch over one forward and backward pass; the
+backward, clipping, AdamW, EMA. Random input. First the loss and gradients of a few samples are compared with plain
+torch in fp32; a wrong case ends the run. FLOPs are counted by torch over one forward and backward pass; the
 matrix rate is the median of square products of that dtype, one before each step. Prints one table, writes it as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
 import resource
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -32,6 +35,9 @@ from d2v_ds.engine.ds_config import cpu_multiplies, find_config, read_config, re
 from d2v_ds.engine.ema import TeacherEMA
 from d2v_ds.engine.launch import prepare_environment, start_distributed
 from d2v_ds.engine.step import apply_step, one_reduction
+from d2v_ds.kernels.attention import attend_reference
+from d2v_ds.kernels.regression import regress_reference
+from d2v_ds.kernels.targets import make_targets_reference
 from d2v_ds.modalities.audio.samples import num_frames
 from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.source import draw_views
@@ -40,6 +46,8 @@ from d2v_ds.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP = 10
+LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Of loss and gradients against plain torch in fp32: the length of the difference relative to the truth's."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,59 @@ def count_flops(recipe: Recipe, batch: Batch) -> int:
     return 3 * everything.get_total_flops() - 2 * teacher.get_total_flops()
 
 
+def check(recipe: Recipe, case: Case, device: torch.device) -> float:
+    """The larger error of loss and gradients with the kernels, in the case's dtype, on up to two samples; without
+    dropout, which kernels draw otherwise. Ends the run if it is too large."""
+    batch = make_batch(recipe, replace(case, batch=min(2, case.batch)))
+    noise_NJD = torch.randn(*batch.masked_NJ.shape, recipe.body.dim) * 0.01
+    plain = {
+        "d2v_ds.model.layers.attend": attend_reference,
+        "d2v_ds.model.data2vec.make_targets": make_targets_reference,
+        "d2v_ds.model.data2vec.regress": regress_reference,
+    }
+
+    def train(dtype: torch.dtype) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = build_model(recipe.body, recipe.modalities).to(device, dtype).eval()
+        out = model(batch.to(device, dtype), noise_NJD.to(device, dtype))
+        (out.loss / out.sample_size).backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return [(out.loss / out.sample_size).detach()[None], torch.cat(grads)]
+
+    ours = train(case.dtype)
+    patches = [mock.patch(name, function) for name, function in plain.items()]
+    for patch in patches:
+        patch.start()
+    try:
+        truth = train(torch.float32)
+    finally:
+        for patch in patches:
+            patch.stop()
+    errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(ours, truth, strict=True)]
+    if not all(error < LARGEST_ERROR[case.dtype] for error in errors):  # NaN is wrong too
+        raise SystemExit(
+            f"error: {case.recipe} in {case.dtype}: loss and gradients differ from plain torch by {errors[0]:.1e} and "
+            f"{errors[1]:.1e}, and must by less than {LARGEST_ERROR[case.dtype]:.0e}; nothing was timed"
+        )
+    return max(errors)
+
+
+@torch.no_grad()
+def time_teacher(engine: Any, ema: TeacherEMA, batch: Batch, device: torch.device) -> float:
+    """Seconds that targets and EMA take of a step, by themselves."""
+    model = engine.module
+    layers = model.teacher_layers(batch, model.encoders[batch.modality].local(batch.source))
+    seconds = []
+    for _ in range(9):
+        wait(device)
+        began = time.perf_counter()
+        model.normalise_targets(batch, layers)
+        ema.update(0.999)
+        wait(device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[2:])
+
+
 def measure(case: Case, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     overrides = [f"precision={'fp32' if case.dtype == torch.float32 else 'bf16'}"]
     recipe = load_recipe(case.recipe, overrides)
@@ -128,6 +189,8 @@ def measure(case: Case, device: torch.device, options: argparse.Namespace) -> di
     config.clones = case.clones or config.clones
     batch = make_batch(recipe, case)
     flops = count_flops(recipe, batch)
+    error = check(recipe, case, device)
+    reset_peak(device)
     engine, ema = build(recipe, device, options.compile)
     batch = batch.to(device, next(engine.module.parameters()).dtype)
     size = 8192 if device.type == "cuda" else 2048
@@ -138,6 +201,7 @@ def measure(case: Case, device: torch.device, options: argparse.Namespace) -> di
         take_step(engine, ema, batch)
         wait(device)
         seconds.append(time.perf_counter() - began)
+    most = peak(device)
     costs = profile(engine, ema, batch, device) if options.profile else []
     clean = sorted(seconds[2:])
     rate = 2 * size**3 / statistics.median(products[2:])
@@ -156,7 +220,9 @@ def measure(case: Case, device: torch.device, options: argparse.Namespace) -> di
         "steps": len(clean),
         "ratio": median * rate / flops,
         "aim": case.aim,
-        "peak_gib": peak(device),
+        "error": error,
+        "targets_ema_share": time_teacher(engine, ema, batch, device) / median,
+        "peak_gib": most,
         "costs": costs,
     }
 
@@ -232,10 +298,24 @@ def cpu_name() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def reset_peak(device: torch.device) -> None:
+    """What the case before needed does not count; its engine is in cycles of references."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak(device: torch.device) -> float:
+    """GiB, since `reset_peak`; of the process where there is no way to reset it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    kib = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
+    return (kib or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20
 
 
 def main() -> None:
@@ -274,7 +354,8 @@ def main() -> None:
             f"{name:22} B{row['batch']} M{row['clones']:<3} {row['gflop']:8.0f} GFLOP at {row['matrix_gflops']:8.0f}/s "
             f"= {row['arithmetic_s']:.3f} s; step {row['step_s']:.3f} s "
             f"[{row['step_s_quartiles'][0]:.3f}, {row['step_s_quartiles'][1]:.3f}] n={row['steps']}; "
-            f"ratio {row['ratio']:.2f} (aim {row['aim']:.2f}); peak {row['peak_gib']:.1f} GiB",
+            f"ratio {row['ratio']:.2f} (aim {row['aim']:.2f}); targets and EMA {row['targets_ema_share']:.1%}; "
+            f"error {row['error']:.0e}; peak {row['peak_gib']:.1f} GiB",
             flush=True,
         )
     out = arguments.out or ROOT / "docs" / "benchmarks" / f"step_{'cpu' if arguments.cpu else 'gpu'}.json"

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from d2v_ds.model import data2vec
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -31,9 +33,9 @@ def test_check_writes_every_row_of_the_aims(tmp_path: Path):
     assert (tmp_path / "kernels.md").read_text().count("\n| ") == len(rows) + 1
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "scripts" / "bench_kernels.py")
-    module = sys.modules["bench_kernels"] = importlib.util.module_from_spec(spec)
+def load_script(name: str = "bench_kernels"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -78,6 +80,18 @@ def test_no_gradient_of_a_run_before_counts_as_an_input(name: str, monkeypatch: 
     monkeypatch.setattr(bench.timer, "peak", peak)
     getattr(script, name)(bench)
     assert left and not any(left)
+
+
+def test_a_step_with_wrong_kernels_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+    """Its loss and gradients are compared with plain torch first."""
+    script = load_script("bench_step")
+    recipe, cpu = script.load_recipe("image_tiny"), torch.device("cpu")
+    case = script.Case("image_tiny", 2, None, torch.float32, 1.0)
+    assert script.check(recipe, case, cpu) < 1e-6
+    right = data2vec.regress
+    monkeypatch.setattr(data2vec, "regress", lambda *args, **options: right(*args, **options) * 1.01)
+    with pytest.raises(SystemExit, match=r"loss and gradients differ from plain torch by 9\.6e-03"):
+        script.check(recipe, case, cpu)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
