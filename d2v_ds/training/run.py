@@ -36,6 +36,7 @@ from d2v_ds.modalities.build import build_model, build_tuned
 from d2v_ds.modalities.source import open_source
 from d2v_ds.recipe import Recipe, is_free, load_recipe, write_yaml
 from d2v_ds.training.agreement import agree, settings, together
+from d2v_ds.training.alone import alone
 from d2v_ds.training.arguments import Arguments, parse_arguments
 from d2v_ds.training.classes import with_classes
 from d2v_ds.training.clock import Clock
@@ -274,6 +275,20 @@ def train_until_asked(recipe: Recipe, deepspeed: str | None, given: Sequence[str
     checkpoints.refuse_links(recipe.folder)
     device = start_distributed(world, recipe.train.timeout_minutes, recipe.folder)
     agree(settings(recipe))
+    with alone(recipe.folder, rank):
+        return train_alone(recipe, ds_config, device, rank, world, given, signals)
+
+
+def train_alone(
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    device: torch.device,
+    rank: int,
+    world: int,
+    given: Sequence[str],
+    signals: Signals,
+) -> Path:
+    """From the newest checkpoint, or the beginning, to the last step."""
     start, problems = choose_checkpoint(recipe.folder)
     if rank == 0:
         for problem in problems:
