@@ -496,6 +496,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("checkpoints/compare_methods"))
     arguments = parser.parse_args()
+    if not 0 < arguments.seconds < math.inf:
+        parser.error(f"--seconds {arguments.seconds:g} must be above 0, and finite")
     try:
         import transformers  # noqa: F401
     except ImportError:

@@ -419,6 +419,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("checkpoints/few_labels"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs {arguments.jobs} must be 1 or more")
     study = Study(arguments)
     results = compare_joint(study) if arguments.study == "joint" else compare_labels(study, arguments.study)
     (study.out / f"{arguments.study}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

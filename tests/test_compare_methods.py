@@ -65,6 +65,14 @@ def test_the_table_has_mean_and_spread_over_the_seeds() -> None:
     assert "| MAE | 0.001 | 10 | 0.200 +- 0.100 |" in table
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_a_time_that_no_run_can_take_is_refused(seconds, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare_methods.py", "image", f"--seconds={seconds}"])
+    with pytest.raises(SystemExit):
+        compare_methods.main()
+    assert f"--seconds {seconds} must be above 0, and finite" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_methods_are_trained_and_compared_on_the_same_shards(tmp_path: Path) -> None:
     """Real runs of half a second of each; a second start does nothing again."""
