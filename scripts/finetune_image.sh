@@ -40,6 +40,7 @@ esac
 settings=("data=$data" "modalities.image.data.shards=$train" ${INIT:+"init=$INIT"})
 if [ -f "$data/classes.json" ]; then # as many outputs as classes
     classes="$(python -c 'import json, sys; print(len(json.load(open(sys.argv[1]))))' "$data/classes.json")"
+    [ "$classes" -gt 1 ] || fail "$data/classes.json names one class alone; two or more are needed, a folder of pictures for each"
     settings+=("task.outputs=$classes")
 fi
 if any "$data"/$test; then settings+=("task.test=$test"); fi

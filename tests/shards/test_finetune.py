@@ -10,6 +10,7 @@ from corpora import checksums, tar_of
 from layouts import picture, sound
 from runs import python, start
 from test_pretrain import run
+from trees import write_tree
 
 from shards.sample import WORDS
 
@@ -97,3 +98,10 @@ def test_speech_without_weights_is_refused_before_anything_is_prepared(tmp_path)
     done = run("finetune_speech.sh", cwd=tmp_path, DATA="shards", RECIPE="finetune_audio_tiny")
     assert done.returncode == 1 and "set INIT to" in done.stderr
     assert not (tmp_path / "shards").exists()
+
+
+def test_pictures_of_one_class_are_refused(tmp_path):
+    """One output would be a regression."""
+    write_tree(tmp_path, {"s/a.tar": "", "s/classes.json": '["cat"]'})
+    done = run("finetune_image.sh", cwd=tmp_path, DATASET="pets", DATA="s")
+    assert done.returncode == 1 and "names one class alone; two or more are needed" in done.stderr
