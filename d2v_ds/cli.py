@@ -372,11 +372,15 @@ def run_verify(arguments: argparse.Namespace) -> int:
     say = None if arguments.json else print
     is_whole = any(not Path(part).is_file() for text in arguments.shards for part in text.split("::"))
     found = summary(reports := verify_shards(paths, arguments.workers, say, is_whole))
-    code = 1 if found["bad_shards"] or found["missing_shards"] else 0
+    wrong = {
+        "shards are not in order": found["bad_shards"],
+        "shards are missing": found["missing_shards"],
+        "files beside them are broken": found["broken_files"],
+    }
+    code = 1 if any(wrong.values()) else 0
     if arguments.json:
         print(json.dumps(found, indent=1))
         return code
-    wrong = (found["bad_shards"], "not in order"), (found["missing_shards"], "missing")
     for report in reports:
         for problem in report.problems:
             print(f"{report.shard}: {problem}")
@@ -384,7 +388,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
             print(f"{report.shard}: note: {note}")
     print(
         f"{found['samples']} samples in {found['shards']} shards, {found['bytes'] / 1e6:.1f} MB: "
-        + (", ".join(f"{n} shards are {what}" for n, what in wrong if n) or "all in order")
+        + (", ".join(f"{n} {what}" for what, n in wrong.items() if n) or "all in order")
     )
     return code
 

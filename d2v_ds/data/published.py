@@ -96,6 +96,35 @@ def lost_shards(folder: Folder, used: set[str]) -> dict[str, str]:
     return lost
 
 
+def broken_files(folder: Folder) -> dict[str, str]:
+    """Name -> why, of files that tell of a whole folder but are neither JSON nor lines of it, whoever wrote them."""
+    return {
+        name: why
+        for name in ("manifest.json", "_info.json")
+        if (content := folder.read(name)) is not None and (why := _why_broken(content))
+    }
+
+
+def _why_broken(content: bytes) -> str | None:
+    if not content.strip(b"\0"):
+        return f"it holds {len(content)} bytes, all zero" if content else "it is empty"
+    try:
+        json.loads(content)
+    except RecursionError:
+        return None
+    except ValueError as error:
+        return None if _is_lines(content) else f"it is cut or damaged ({error})"
+    return None
+
+
+def _is_lines(content: bytes) -> bool:
+    """A list of sounds of that name, as NeMo writes it."""
+    try:
+        return all(isinstance(json.loads(line), dict) for line in content.splitlines() if line.strip())
+    except (ValueError, RecursionError):
+        return False
+
+
 def _img2dataset_rows(path: Path) -> list[dict[str, Any]]:
     """Samples whose download succeeded: the others are in the tables, but have no member in the tar."""
     stats = path.with_name(f"{path.stem}_stats.json")

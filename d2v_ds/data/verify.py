@@ -19,7 +19,7 @@ from d2v_ds.data.cache import RemoteShard, acquire, drop
 from d2v_ds.data.folders import Folder, folder_of
 from d2v_ds.data.index import Shard
 from d2v_ds.data.parallel import Progress, map_shards
-from d2v_ds.data.published import Said, lost_shards, published_in, rows_of
+from d2v_ds.data.published import Said, broken_files, lost_shards, published_in, rows_of
 from d2v_ds.data.reader import CorruptSample, ShardReader
 from d2v_ds.data.scan import MEMBER, Scan, scan_tar
 from d2v_ds.data.shard import ShardIndex, find_remote_index, read_record, stored_index
@@ -42,6 +42,8 @@ class Report:
     """What one may want to know, but is not wrong"""
     is_missing: bool = False
     """It is listed, but not there"""
+    is_shard: bool = True
+    """False: a file that says what shards hold"""
 
 
 def verify_shards(
@@ -50,7 +52,8 @@ def verify_shards(
     progress: Progress | None = print,
     is_whole: bool = True,
 ) -> list[Report]:
-    """One report for each shard, in their order, then one for each that is missing, unless some were named alone."""
+    """One report for each shard, in their order, then one for each that is missing, unless some were named alone, and
+    one for each broken file that says what they hold."""
     used: dict[Folder, set[str]] = {}
     for shard in paths:
         if folder := folder_of(shard):
@@ -61,8 +64,13 @@ def verify_shards(
         for folder, names in used.items()
         for name, source in (lost_shards(folder, names).items() if is_whole else ())
     ]
+    broken = [
+        Report(f"{folder}/{name}", problems=[f"{why}, so shards are not compared with it"], is_shard=False)
+        for folder in used
+        for name, why in broken_files(folder).items()
+    ]
     job = functools.partial(verify_shard, said=said)
-    return map_shards(job, paths, workers, progress, "verified") + lost
+    return map_shards(job, paths, workers, progress, "verified") + lost + broken
 
 
 def verify_shard(shard: Shard, said: dict[Folder | None, Said]) -> Report:
@@ -105,10 +113,12 @@ def _verify_file(path: Path, rows: list[dict[str, Any]], report: Report) -> None
 
 def summary(reports: list[Report]) -> dict[str, Any]:
     """All reports and their sums, for JSON."""
+    there = [report for report in reports if report.is_shard and not report.is_missing]
     return {
-        "shards": sum(not report.is_missing for report in reports),
-        "bad_shards": sum(bool(report.problems) and not report.is_missing for report in reports),
+        "shards": len(there),
+        "bad_shards": sum(bool(report.problems) for report in there),
         "missing_shards": sum(report.is_missing for report in reports),
+        "broken_files": sum(not report.is_shard for report in reports),
         "samples": sum(report.samples for report in reports),
         "bytes": sum(report.size for report in reports),
         "reports": [asdict(report) for report in reports],

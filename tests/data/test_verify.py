@@ -149,6 +149,24 @@ def test_a_shard_that_is_listed_and_not_there_is_a_problem(shards, capsys, file)
     assert verify(capsys, shards[0])[0] == 0
 
 
+@pytest.mark.parametrize("file", ["manifest.json", "_info.json"])
+def test_a_broken_file_of_what_shards_hold_is_named(shards, capsys, file):
+    """It was taken for another tool's, and the shards for all in order. Lists of sounds as NeMo's are left alone."""
+    path = shards[0].parent / file
+    whole = json.dumps({"settings": {}, "splits": {"train": {}}}, indent=1).encode()
+    for content in (b"", bytes(len(whole)), whole[:-1], whole[:1], whole[:10] + bytes(20), b"\xff\xfeno"):
+        path.write_bytes(content)
+        code, found = verify(capsys, shards[0].parent)
+        assert (code, found["shards"], found["bad_shards"], found["broken_files"]) == (1, 3, 0, 1)
+        assert found["reports"][3]["shard"] == str(path), content
+    assert main(["verify", str(shards[0].parent)]) == 1
+    out = capsys.readouterr().out
+    assert f"{path}: it is cut or damaged" in out and "1 files beside them are broken" in out
+    for content in (whole, b'{"audio_filepath": "a.wav"}\n{"audio_filepath": "b.wav"}\n'):
+        path.write_bytes(content)
+        assert verify(capsys, shards[0].parent)[0] == 0
+
+
 def test_keys_with_dots_are_told(tmp_path, capsys):
     path = write_tar(tmp_path / "a.tar", [(f"a.{i}.jpg", b"x") for i in range(3)])
     code, found = verify(capsys, path)
