@@ -29,7 +29,7 @@ from shards.download import read_checksums, verify
 from shards.folder import give, look_at, walk
 from shards.listing import Found, Part, Skipped, Stored, make_key, stamp_file
 from shards.parquet import class_names, read_rows, split_of
-from shards.prepare import Job, Source, write_json
+from shards.prepare import Job, Source
 
 TRAIN, VAL, DEVKIT = (
     "ILSVRC2012_img_train.tar",
@@ -106,15 +106,15 @@ def find_tars(job: Job, source: Path, sums: Path | None) -> Source:
             parts.append(Part(member.name, listed, f"{stamp_file(source / TRAIN)} {member.name}"))
     else:
         wnids = sorted(wnid for wnid, _ in synsets.values())
-    if synsets:
-        write_names(job, wnids, dict(synsets.values()))
+    words = dict(synsets.values())
+    names = [words.get(wnid, wnid) for wnid in wnids] if words else None
     if (source / VAL) in there:
         labels = number_truth(truth, synsets, wnids)
         if not labels:
             notes.append(f"validation images have no labels: {DEVKIT}, which holds them, is not in {source}")
         listed = functools.partial(list_val, archive=source / VAL, labels=labels)
         parts.append(Part(VAL, listed, f"{stamp_file(source / VAL)} {labels}"))
-    return Source(parts=parts, classes=wnids or None, origin=origin, notes=notes)
+    return Source(parts=parts, classes=wnids or None, class_names=names, origin=origin, notes=notes)
 
 
 def number_truth(truth: list[int], synsets: dict[int, tuple[str, str]], wnids: list[str]) -> list[str]:
@@ -193,11 +193,6 @@ def read_member(where: Stored) -> bytes:
     with open(where.file, "rb") as file:
         file.seek(where.offset)
         return file.read(where.size)
-
-
-def write_names(job: Job, wnids: list[str], words: dict[str, str]) -> None:
-    """What each class is called, in the order of `cls`."""
-    write_json(job.out / "class_names.json", [words.get(wnid, wnid) for wnid in wnids])
 
 
 # ---- folders of classes ----

@@ -55,6 +55,8 @@ class Source:
     parts: list[Part]
     classes: list[str] | None = None
     """Names of the classes, in the order of the numbers in `cls`."""
+    class_names: list[str] | None = None
+    """What people call them, where `classes` are numbers of a catalogue."""
     origin: list[dict[str, Any]] = field(default_factory=list)
     """Archives with size and checksum, for the manifest."""
     notes: list[str] = field(default_factory=list)
@@ -154,7 +156,8 @@ def _list(job: Job) -> None:
     for done, _ in enumerate(run_jobs(run, list(range(len(source.parts))), job.workers), 1):
         line.show(done)
     line.close()
-    found = {"classes": source.classes, "origin": source.origin, "notes": source.notes}
+    names = ("classes", "class_names", "origin", "notes")
+    found = {name: getattr(source, name) for name in names}
     write_bytes(job.work / "source.json", lambda file: file.write(json.dumps(found).encode()))
     merge_parts(source.parts, job.work)
 
@@ -201,8 +204,13 @@ def _write_manifest(job: Job, shards: list[Shard]) -> dict[str, Any]:
         write_bytes(
             job.out / "skipped.jsonl", lambda file: (file.write(skipped), write_skipped(file, dropped))
         )
-    if source["classes"] is not None:
-        write_json(job.out / "classes.json", source["classes"])
+    else:  # one that an earlier run left would be taken for this one's; so below
+        (job.out / "skipped.jsonl").unlink(missing_ok=True)
+    for name in ("classes", "class_names"):
+        if source.get(name) is not None:
+            write_json(job.out / f"{name}.json", source[name])
+        else:
+            (job.out / f"{name}.json").unlink(missing_ok=True)
     splits = {}
     for split in dict.fromkeys(shard.split for shard in shards):
         own = [shard for shard in shards if shard.split == split]

@@ -176,6 +176,19 @@ def test_a_manifest_of_another_tool_is_one_line(source, tmp_path, content):
     assert status == 2 and f"{tmp_path}/manifest.json is damaged or of another tool" in said, said
 
 
+def test_what_an_earlier_run_said_of_other_shards_goes(tmp_path):
+    """Its shards and manifest were removed: classes and what was left out stayed, as if they were of the new ones."""
+    source = write_tree(tmp_path / "src", {"a/1.jpg": b"x", "loose.jpg": b"in no class"})
+    out = tmp_path / "out"
+    assert prepare("folder", source, "--out", out, "--labels", "folder")[0] == 0
+    (out / "class_names.json").write_text("[]")
+    for path in (*out.glob("*.tar"), out / "manifest.json"):
+        path.unlink()
+    assert {"classes.json", "skipped.jsonl"} <= {path.name for path in out.iterdir()}
+    assert prepare("folder", source, "--out", out)[0] == 0
+    assert not {"classes.json", "class_names.json", "skipped.jsonl"} & {path.name for path in out.iterdir()}
+
+
 def test_two_runs_in_one_folder_do_not_meet(source, tmp_path, monkeypatch):
     monkeypatch.setattr("shards.prepare.LOCK_SECONDS", 0.3)
     out = tmp_path / "out"
