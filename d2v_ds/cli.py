@@ -328,21 +328,27 @@ def run_import(arguments: argparse.Namespace) -> int:
 
 
 def run_index(arguments: argparse.Namespace) -> int:
-    """Lengths as recipes have them by default; of other fields `d2v plan` measures them."""
-    from d2v_ds.data import ensure_index
+    """Lengths as recipes have them by default; of other fields `d2v plan` measures them. Broken shards come last."""
+    from d2v_ds.data import BrokenShards, ensure_index
 
     if arguments.text and not arguments.tokenizer:
         raise ValueError(f"--text {arguments.text} has no meaning without --tokenizer FILE")
     if arguments.tokenizer and not arguments.tokenizer.is_file():
         raise ValueError(f"--tokenizer {arguments.tokenizer} is not there; `d2v tokenizer` makes one")
     paths = find_shards(arguments)
-    indexes = ensure_index(paths, arguments.workers)
+    broken = None
+    try:
+        indexes = ensure_index(paths, arguments.workers)
+    except BrokenShards as error:
+        indexes, broken = error.indexes, error
     print(f"{sum(index.num_samples for index in indexes)} samples in {len(indexes)} shards")
     for name, config in measured_configs(arguments).items():
         from d2v_ds.modalities.source import measure_ahead
 
         if not measure_ahead(name, config, indexes, arguments.workers) and name == "text":
             print(f"none of them has a member for {name} ({config.data.fields})")
+    if broken:
+        raise broken
     return 0
 
 

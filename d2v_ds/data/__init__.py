@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from d2v_ds.data.blocks import TextBlocks
 from d2v_ds.data.buckets import Buckets
 from d2v_ds.data.index import (
+    BrokenShards,
     Corpus,
     CorruptSample,
     ShardIndex,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from d2v_ds.data.loader import DataError, Fault, FaultLog, MicroBatch, Samples, Source, StepLoader, Volume
 
 __all__ = [
+    "BrokenShards",
     "Buckets",
     "Corpus",
     "CorruptSample",

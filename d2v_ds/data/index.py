@@ -6,6 +6,7 @@ others the list of what is left out.
 """
 
 import bisect
+import errno
 import functools
 import glob
 import hashlib
@@ -16,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import braceexpand
 import numpy as np
@@ -27,7 +29,7 @@ from d2v_ds.data.lengths import Lengths, stored_row
 from d2v_ds.data.parallel import Progress, map_shards
 from d2v_ds.data.published import differences, missing_shards, published_in, rows_of
 from d2v_ds.data.reader import CorruptSample, Fields, ShardReader, parse_fields, samples_with
-from d2v_ds.data.remote import expand_url, is_url, settings
+from d2v_ds.data.remote import Missing, expand_url, is_url, settings
 from d2v_ds.data.shard import (
     ShardIndex,
     build_index,
@@ -47,6 +49,9 @@ Measure = Callable[[dict[str, bytes]], int]
 Shard = Path | RemoteShard
 
 MAX_OPEN_SHARDS = 64
+MAX_TOLD = 20
+"""Broken shards that a message names."""
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +80,14 @@ def ensure_index(
 ) -> list[ShardIndex]:
     """The index of each tar; those absent, or of a tar of another size, are built in parallel.
 
-    `then` is called with each remote index that was missing, while its tar is cached.
+    `then` is called with each remote index that was missing, while its tar is cached. BrokenShards, when all others are
+    indexed, for those that cannot be.
     """
-    indexes = [load_remote_index(p) if isinstance(p, RemoteShard) else load_index(p) for p in paths]
+    indexes = [_or_broken(_load_index, path) for path in paths]
     missing = [path for path, index in zip(paths, indexes, strict=True) if index is None]
     if workers is None and any(isinstance(path, RemoteShard) for path in missing):
         workers = max(settings().connections, len(os.sched_getaffinity(0)))
-    job = functools.partial(_index_shard, then=then)
+    job = functools.partial(_or_broken, functools.partial(_index_shard, then=then))
     built = iter(map_shards(job, missing, workers, progress, "indexed"))
     if lost := missing_shards([path for path in paths if isinstance(path, Path)]):
         log.warning(
@@ -90,7 +96,40 @@ def ensure_index(
             len(lost),
             lost[0].name,
         )
-    return [next(built) if index is None else index for index in indexes]
+    found = [next(built) if index is None else index for index in indexes]
+    broken = [index for index in found if isinstance(index, Exception)]
+    if broken and len(paths) == 1:
+        raise broken[0]
+    if broken:
+        raise BrokenShards(list(map(str, broken)), [i for i in found if not isinstance(i, Exception)])
+    return found
+
+
+class BrokenShards(ValueError):
+    """Shards that cannot be indexed, with the indexes of all others."""
+
+    def __init__(self, reasons: list[str], indexes: list[ShardIndex]) -> None:
+        self.indexes = indexes
+        more = [f"and {len(reasons) - MAX_TOLD} more"] if len(reasons) > MAX_TOLD else []
+        head = f"{len(reasons)} of {len(reasons) + len(indexes)} shards cannot be indexed:"
+        super().__init__("\n".join([head, *reasons[:MAX_TOLD], *more]))
+
+
+def _or_broken(job: Callable[[Shard], Any], shard: Shard) -> Any:
+    """What the job gives, or why this shard cannot be had; what would keep others from it is raised: a full disk, a
+    server that gives nothing."""
+    try:
+        return job(shard)
+    except (ValueError, Missing) as error:
+        return error
+    except OSError as error:
+        if isinstance(shard, RemoteShard) or error.errno in FULL:
+            raise
+        return type(error)(f"{shard}: {error.strerror or error}")
+
+
+def _load_index(shard: Shard) -> ShardIndex | None:
+    return load_remote_index(shard) if isinstance(shard, RemoteShard) else load_index(shard)
 
 
 def _index_shard(shard: Shard, then: Callable[[ShardIndex], None] | None) -> ShardIndex:

@@ -15,6 +15,7 @@ import pytest
 import webdataset
 from tars import payload, write_tar
 
+from d2v_ds.cli import main
 from d2v_ds.data import Corpus, CorruptSample, build_index, ensure_index, expand_shards, shard
 
 Writer = Callable[..., list[Path]]
@@ -192,6 +193,22 @@ def test_an_error_in_a_process_reaches_the_caller(write_shards: Writer) -> None:
     paths[1].write_bytes(paths[1].read_bytes()[:1000])
     with pytest.raises(ValueError, match="train-000001.tar is truncated"):
         ensure_index(paths, workers=2, progress=None)
+
+
+def test_all_broken_shards_are_named_and_the_others_indexed(write_shards: Writer, capsys) -> None:
+    paths = write_shards(shards=25)
+    for path in paths[1:23]:
+        path.write_bytes(path.read_bytes()[:1000])
+    paths[23].unlink()
+    paths[23].symlink_to("nowhere")
+    assert main(["index", str(paths[0].parent)]) != 0
+    out, err = capsys.readouterr()
+    assert "14 samples in 2 shards" in out and "Traceback" not in err
+    assert "error: 23 of 25 shards cannot be indexed:" in err and "and 3 more" in err
+    assert f"{paths[1]} is truncated" in err and f"{paths[20]} is truncated" in err
+    assert shard.load_index(paths[0]) and shard.load_index(paths[24])
+    with pytest.raises(ValueError, match=r"(?s)2 of 3 .*000001.tar is trunc.*000023.tar: No such file"):
+        Corpus.open([paths[0], paths[1], paths[23]], FIELDS, progress=None)
 
 
 def test_a_stale_or_broken_index_is_built_again(write_shards: Writer) -> None:
