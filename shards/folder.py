@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--modality",
         nargs="+",
+        action="extend",
         choices=tuple(MODALITIES),
-        default=list(MODALITIES),
         help="take only these (default: all that is there)",
     )
     parser.add_argument(
@@ -102,6 +102,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
     out = arguments.out.expanduser()
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"--out {out} lies inside {source}, which would become part of its own shards")
+    arguments.modality = arguments.modality or list(MODALITIES)
     keys = ("labels", "modality", "val", "path_column", "text_column", "label_column")
     settings = {
         "made by": "d2v prepare folder",

@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
+        action="extend",
         choices=[*MD5, *MINI_MD5, *LIMITED],
-        default=list(MD5),
         help="default: all but the mini and the limited parts",
     )
     mirror = "where /12/<part>.tar.gz and /librispeech_finetuning.tgz lie, tried before the known places"
@@ -92,7 +92,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
         raise ValueError(
             f"{source} is no folder; give the folder that holds the archives, or none to download them"
         )
-    parts = list(dict.fromkeys(arguments.parts))
+    parts = list(dict.fromkeys(arguments.parts or MD5))
     settings = {"made by": "d2v prepare librispeech", "parts": sorted(parts)}
     find = functools.partial(find_parts, names=sorted(parts), source=source, arguments=arguments)
     return Job(name="librispeech", out=arguments.out.expanduser(), settings=settings, find=find)

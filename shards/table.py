@@ -41,11 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"name of the column with {column}{needed}",
         )
     parser.add_argument(
-        "--columns", nargs="+", default=None, help="names of all columns of files without a header"
+        "--columns", nargs="+", action="extend", help="names of all columns of files without a header"
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
-        "--classes", nargs="+", default=None, help="names of the classes, in the order of their numbers"
+        "--classes", nargs="+", action="extend", help="names of the classes, in the order of their numbers"
     )
     kind.add_argument("--regression", action="store_true", help="labels are numbers, not classes")
 

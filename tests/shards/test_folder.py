@@ -10,6 +10,7 @@ import pytest
 from trees import all_bytes, noise, prepare, read_shards, skipped, write_images, write_tree
 
 from d2v_ds.data import Corpus, ensure_index, expand_shards
+from shards.command import build_parser
 from shards.folder import MODALITIES, make_name
 from shards.listing import MAX_KEY, make_key
 
@@ -387,6 +388,18 @@ def test_a_finished_folder_says_so_and_refuses_other_settings(tmp_path):
 def test_settings_that_make_no_sense_are_refused_in_one_line(tmp_path, arguments):
     source = write_tree(tmp_path / "src", {"a.csv": "path\na.jpg\n"})
     assert refuse(source / "a.csv", "--out", tmp_path / "out", *arguments).count("\n") == 1
+
+
+def test_a_list_given_in_pieces_is_all_of_it():
+    """Of an option that came twice the last one counted alone."""
+    parse = build_parser("x").parse_args
+    assert parse("folder x --out y --modality image --modality audio text".split()).modality == [
+        *("image", "audio", "text")
+    ]
+    parts = parse("librispeech --out y --parts dev-clean --parts test-clean".split()).parts
+    assert parts == ["dev-clean", "test-clean"]
+    given = parse("table x --out y --classes a b --classes c --columns text --columns label".split())
+    assert given.classes == ["a", "b", "c"] and given.columns == ["text", "label"]
 
 
 def test_the_endings_are_those_that_inputs_take():
