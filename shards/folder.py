@@ -100,6 +100,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
     if not 0 <= arguments.val < 1:
         raise ValueError(f"--val {arguments.val} must be a share from 0 to below 1")
     out = arguments.out.expanduser()
+    refuse_meaningless(source, arguments)
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"--out {out} lies inside {source}, which would become part of its own shards")
     arguments.modality = arguments.modality or list(MODALITIES)
@@ -117,6 +118,21 @@ def make_job(arguments: argparse.Namespace) -> Job:
         settings=settings,
         find=functools.partial(find, source=source, arguments=arguments),
     )
+
+
+def refuse_meaningless(source: Path, arguments: argparse.Namespace) -> None:
+    """ValueError for an option of tables where the source is a folder, or of folders where it is a table."""
+    of_tables = ("root", "path_column", "text_column", "label_column")
+    given = [name for name in of_tables if getattr(arguments, name) is not None]
+    if source.is_dir() and given:
+        raise ValueError(
+            f"--{given[0].replace('_', '-')} is for a table, and {source} is a folder; leave it out"
+        )
+    if not source.is_dir() and arguments.labels == "folder":
+        raise ValueError(
+            f"--labels folder is for a folder, and {source} is a file; labels of a table stand in a column: "
+            "--label-column"
+        )
 
 
 def make_name(source: Path) -> str:

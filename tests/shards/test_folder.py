@@ -390,6 +390,14 @@ def test_settings_that_make_no_sense_are_refused_in_one_line(tmp_path, arguments
     assert refuse(source / "a.csv", "--out", tmp_path / "out", *arguments).count("\n") == 1
 
 
+def test_options_of_the_other_kind_of_source_are_refused(tmp_path):
+    """They were ignored in silence."""
+    source = write_tree(tmp_path / "src", {"a.jpg": b"x", "t.csv": "path,label\na.jpg,cat\n"})
+    for name in ("--root", "--path-column", "--text-column", "--label-column"):
+        assert f"{name} is for a table" in refuse(source, "--out", tmp_path / "out", name, "label")
+    assert "--label-column" in refuse(source / "t.csv", "--out", tmp_path / "out", "--labels", "folder")
+
+
 def test_a_list_given_in_pieces_is_all_of_it():
     """Of an option that came twice the last one counted alone."""
     parse = build_parser("x").parse_args
