@@ -400,13 +400,15 @@ def test_options_of_the_other_kind_of_source_are_refused(tmp_path):
 
 def test_a_list_given_in_pieces_is_all_of_it():
     """Of an option that came twice the last one counted alone."""
-    parse = build_parser("x").parse_args
-    assert parse("folder x --out y --modality image --modality audio text".split()).modality == [
-        *("image", "audio", "text")
-    ]
-    parts = parse("librispeech --out y --parts dev-clean --parts test-clean".split()).parts
-    assert parts == ["dev-clean", "test-clean"]
-    given = parse("table x --out y --classes a b --classes c --columns text --columns label".split())
+
+    def parse(line: str):
+        return build_parser("x").parse_args(line.split())
+
+    given = parse("folder x --out y --modality image --modality audio text")
+    assert given.modality == ["image", "audio", "text"]
+    given = parse("librispeech --out y --parts dev-clean --parts test-clean")
+    assert given.parts == ["dev-clean", "test-clean"]
+    given = parse("table x --out y --classes a b --classes c --columns text --columns label")
     assert given.classes == ["a", "b", "c"] and given.columns == ["text", "label"]
 
 
