@@ -275,7 +275,10 @@ def find_rows(job: Job, source: Path, arguments: argparse.Namespace) -> Source:
         extra = {name: value for name, value in row.items() if name not in taken}
         texts = {}
         if text and row.get(text) not in (None, "", []):
-            texts["txt"] = as_text(row[text], f"{source}: row {number + 1}")
+            if "text" in arguments.modality:
+                texts["txt"] = as_text(row[text], f"{source}: row {number + 1}")
+            else:
+                others.append(Skipped(str(source), f"row {number + 1}: its {text} is text, not taken"))
         if labels and labels[number] is not None:
             texts["cls"] = labels[number]
         if extra:
@@ -288,7 +291,8 @@ def find_rows(job: Job, source: Path, arguments: argparse.Namespace) -> Source:
             )
         if file and MODALITY_OF.get(ending_of(file)) not in arguments.modality:
             others.append(Skipped(file, f"row {number + 1}: .{ending_of(file)} is of no kind that is taken"))
-            continue
+            if ending_of(file) not in MODALITY_OF or "txt" not in texts:
+                continue
         if not file and "txt" not in texts:
             others.append(Skipped(str(source), f"row {number + 1} has neither a file nor text"))
             continue
@@ -296,7 +300,12 @@ def find_rows(job: Job, source: Path, arguments: argparse.Namespace) -> Source:
         if given in (None, ""):
             given = os.path.splitext(str(row[path]))[0] if file else f"{number:09d}"
         split = str(row["split"]) if row.get("split") else None
-        items.append(Item(make_key(str(given)), [(ending_of(file), file)] if file else [], texts, split))
+        is_taken = file and MODALITY_OF.get(ending_of(file)) in arguments.modality
+        items.append(Item(make_key(str(given)), [(ending_of(file), file)] if is_taken else [], texts, split))
+    if arguments.val and items and all(item.split for item in items):
+        raise ValueError(
+            f"--val {arguments.val} has no meaning: every row of {source} has a split; leave it out"
+        )
     refuse_splits(items)
     return finish(job, items, others, classes, arguments.val)
 

@@ -398,6 +398,22 @@ def test_options_of_the_other_kind_of_source_are_refused(tmp_path):
     assert "--label-column" in refuse(source / "t.csv", "--out", tmp_path / "out", "--labels", "folder")
 
 
+def test_a_modality_can_be_chosen_of_a_table(tmp_path):
+    """The text of a row was taken with --modality image, and lost with its file with --modality text."""
+    table = "path,text\na.jpg,one\nb.jpg,\nc.mp4,three\n"
+    source = write_tree(tmp_path, {"a.jpg": b"A", "b.jpg": b"B", "t.csv": table}) / "t.csv"
+    assert fold(source, tmp_path / "i", "--modality", "image") == {"a": {"jpg": b"A"}, "b": {"jpg": b"B"}}
+    assert skipped(tmp_path / "i")[str(source)] == "row 3: its text is text, not taken"
+    assert fold(source, tmp_path / "t", "--modality", "text") == {"a": {"txt": b"one"}}
+    assert skipped(tmp_path / "t").keys() == {str(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.mp4")}
+
+
+def test_a_share_for_validation_of_rows_that_have_a_split_is_refused(tmp_path):
+    source = write_tree(tmp_path, {"t.csv": "text,split\na,train\nb,\n", "u.csv": "text,split\na,train\n"})
+    fold(source / "t.csv", tmp_path / "out", "--val", 0.5)
+    assert "every row of" in refuse(source / "u.csv", "--out", tmp_path / "other", "--val", 0.5)
+
+
 def test_a_list_given_in_pieces_is_all_of_it():
     """Of an option that came twice the last one counted alone."""
 
