@@ -257,6 +257,13 @@ def range_start(headers: Any) -> int | None:
 # ---- what was checked ----
 
 
+def check(path: Path, checksum: str | None, records: Path, say: Any) -> None:
+    """A file that was there, and says so; one without a checksum cannot be checked, and that is said too."""
+    known = f"checking {path}" if checksum else f"no checksum is known of {path}: it is taken unchecked"
+    say(known)
+    verify(path, checksum, records)
+
+
 def verify(path: Path, checksum: str | None, records: Path) -> None:
     """ValueError if the file is not the published one. What was checked once is not read again."""
     if checksum is None or verified(path, checksum, records):

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.archives import Member, list_tar, unpack
-from shards.download import read_checksums, verify
+from shards.download import check, read_checksums
 from shards.folder import give, look_at, walk
 from shards.listing import Found, Part, Skipped, Stored, make_key, stamp_file
 from shards.parquet import class_names, read_rows, split_of
@@ -93,8 +93,7 @@ def find_tars(job: Job, source: Path, sums: Path | None) -> Source:
     there = [source / name for name in MD5 if (source / name).is_file()]
     origin, notes, parts = [], [], []
     for path in there:
-        job.say(f"checking {path}")
-        verify(path, published.get(path.name), job.work / "verified")
+        check(path, published.get(path.name), job.work / "verified", job.say)
         row = {"file": path.name, "size": path.stat().st_size, "checksum": published.get(path.name)}
         origin.append(row)
     synsets, truth = read_devkit(source / DEVKIT, job.scratch) if (source / DEVKIT) in there else ({}, [])

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from shards.archives import list_tar, unpack
-from shards.download import Remote, fetch_all, read_checksums, verify
+from shards.download import Remote, check, fetch_all, read_checksums
 from shards.folder import look_at, walk
 from shards.listing import Found, Part, Skipped, Stored, stamp_file
 from shards.prepare import Job, Source
@@ -115,11 +115,15 @@ def find_parts(job: Job, names: list[str], source: Path | None, arguments: argpa
             listed, stamp = functools.partial(list_folder, folder=place, split=name), str(place)
             origin.append(record | {"checksum": None})
         else:
+            checksum = remotes[name].checksum
+            if place.name != remotes[name].name:  # gunzipped: the published one is not of it
+                checksum = (
+                    read_checksums(arguments.checksums).get(place.name) if arguments.checksums else None
+                )
             if source is not None:
-                job.say(f"checking {place}")
-                verify(place, remotes[name].checksum, records)
+                check(place, checksum, records, job.say)
             listed, stamp = functools.partial(list_archive, archive=place, split=name), stamp_file(place)
-            origin.append(record | {"size": place.stat().st_size, "checksum": remotes[name].checksum})
+            origin.append(record | {"size": place.stat().st_size, "checksum": checksum})
         parts.append(Part(name, listed, f"{name} {stamp}"))
     return Source(parts=parts, origin=origin)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.archives import Member, list_tar, unpack
-from shards.download import Remote, fetch_all, read_checksums, verify
+from shards.download import Remote, check, fetch_all, read_checksums
 from shards.librispeech import add_download_arguments
 from shards.listing import Found, Part, Skipped, Stored, draw_split, make_key, stamp_file
 from shards.parquet import read_rows
@@ -68,8 +68,7 @@ def find_parts(job: Job, source: Path | None, arguments: argparse.Namespace) -> 
         source = source / ARCHIVE
     draw = functools.partial(draw_split, seed=job.seed, val=arguments.val)
     if source.is_file() and not is_archive(source.name) and source.suffix != ".parquet":
-        job.say(f"checking {source}")
-        verify(source, remote.checksum, job.work / "verified")
+        check(source, remote.checksum, job.work / "verified", job.say)
         job.say("unpacking the outer archive")
         plain = unpack(source, job.scratch)
         inner = sorted(

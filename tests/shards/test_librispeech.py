@@ -1,5 +1,6 @@
 """`d2v prepare librispeech`: archives of the published layout from a server of its manners become shards."""
 
+import gzip
 import json
 
 import pytest
@@ -106,6 +107,23 @@ def test_archives_and_folders_that_are_there_give_the_same_shards(archives, tmp_
     assert tars[0] == tars[1] and len(tars[0]) > 8
 
 
+def test_what_has_no_checksum_is_said_and_a_gunzipped_archive_is_none_of_the_published(archives, tmp_path):
+    """One was checked in words alone, the other was refused for the checksum of the .tar.gz."""
+    name = f"{PARTS[0]}.tar.gz"
+    sums = write_tree(tmp_path, {"sums": f"{'0' * 32}  other.tar.gz\n"}) / "sums"
+    plain = {name[:-3]: gzip.decompress(archives[name])}
+    for out, files, more in (("a", {name: archives[name]}, ("--checksums", sums)), ("b", plain, ())):
+        source = write_tree(tmp_path / f"src-{out}", files)
+        status, said = prepare("librispeech", source, "--out", tmp_path / out, "--parts", PARTS[0], *more)
+        assert status == 0 and f"no checksum is known of {source / next(iter(files))}" in said, said
+        assert read_shards(tmp_path / out) == expected(PARTS[0])
+    sums.write_text(f"{'0' * 32}  {name[:-3]}\n")
+    status, said = prepare(
+        "librispeech", source, "--out", tmp_path / "c", "--parts", PARTS[0], "--checksums", sums
+    )
+    assert status == 2 and "but md5:0000" in said
+
+
 def test_limited_parts_are_taken_from_one_archive_or_folder(tmp_path):
     """10 minutes of the 1 hour of the 10 hours; the archive is downloaded once."""
     archive = {"librispeech_finetuning.tgz": tar_of(limited_files(), "w:gz")}
@@ -181,8 +199,6 @@ def test_a_line_of_transcripts_that_is_none_is_named(tmp_path):
 @pytest.mark.parametrize("cut", ["gz", "tar"])
 def test_a_truncated_archive_is_refused(tmp_path, cut):
     """gzip notices by its own checksum; a plain tar by its missing end."""
-    import gzip
-
     whole = tar_of(speech_files("dev-clean"))
     part = gzip.compress(whole)[:-3000] if cut == "gz" else whole[: len(whole) // 3 * 2]
     source = write_tree(tmp_path / "src", {f"dev-clean.tar{'.gz' if cut == 'gz' else ''}": part})
