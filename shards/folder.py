@@ -239,8 +239,11 @@ def add_folder_labels(items: list[Item], root: Path, others: list[Skipped]) -> l
                 Skipped(path, "lies in no folder, so it has no label") for _, path in items[place].files
             )
             del items[place]
-        elif not any(ending == "cls" for ending, _ in items[place].files):
-            items[place].texts["cls"] = number[parts[0]]
+            continue
+        own = [file for file in items[place].files if file[0] == "cls"]
+        others.extend(Skipped(path, "is a label, but that of its folder was asked for") for _, path in own)
+        items[place].files[:] = [file for file in items[place].files if file not in own]
+        items[place].texts["cls"] = number[parts[0]]
     return classes
 
 
@@ -299,7 +302,7 @@ def find_rows(job: Job, source: Path, arguments: argparse.Namespace) -> Source:
         given = row.get("key")
         if given in (None, ""):
             given = os.path.splitext(str(row[path]))[0] if file else f"{number:09d}"
-        split = str(row["split"]) if row.get("split") else None
+        split = str(row["split"]) if row.get("split") not in (None, "") else None
         is_taken = file and MODALITY_OF.get(ending_of(file)) in arguments.modality
         items.append(Item(make_key(str(given)), [(ending_of(file), file)] if is_taken else [], texts, split))
     if arguments.val and items and all(item.split for item in items):

@@ -98,6 +98,15 @@ def test_folders_become_labels_and_class_names(tmp_path):
     assert skipped(tmp_path / "out") == dict.fromkeys(loose, "lies in no folder, so it has no label")
 
 
+def test_the_label_of_a_folder_is_not_that_of_a_file(tmp_path):
+    """Numbers of a file were mixed with those of the folders, which classes.json names."""
+    write_tree(tmp_path / "src", {"a/1.jpg": "x", "a/1.cls": "7", "b/2.jpg": "y"})
+    samples = fold(tmp_path / "src", tmp_path / "out", "--labels", "folder")
+    assert {key: members["cls"] for key, members in samples.items()} == {"a/1": b"0", "b/2": b"1"}
+    assert list(skipped(tmp_path / "out")) == [str(tmp_path / "src/a/1.cls")]
+    assert fold(tmp_path / "src", tmp_path / "none")["a/1"]["cls"] == b"7"
+
+
 def test_files_of_one_name_make_one_sample(tmp_path):
     """An image, its caption and its data; a json alone makes none."""
     files = {"a/1.jpg": b"1", "a/1.txt": "one", "a/1.json": "{}", "a/2.jpg": b"2", "b/3.json": "{}"}
@@ -406,6 +415,13 @@ def test_a_modality_can_be_chosen_of_a_table(tmp_path):
     assert skipped(tmp_path / "i")[str(source)] == "row 3: its text is text, not taken"
     assert fold(source, tmp_path / "t", "--modality", "text") == {"a": {"txt": b"one"}}
     assert skipped(tmp_path / "t").keys() == {str(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.mp4")}
+
+
+def test_a_split_that_is_a_number_is_one(tmp_path):
+    """0 was taken for none, and became train."""
+    source = write_tree(tmp_path, {"t.jsonl": '{"text": "a", "split": 0}\n{"text": "b", "split": 1}\n'})
+    fold(source / "t.jsonl", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").glob("*.tar")} == {"t-0-000000.tar", "t-1-000000.tar"}
 
 
 def test_a_share_for_validation_of_rows_that_have_a_split_is_refused(tmp_path):
