@@ -24,6 +24,7 @@ from d2v_ds.modalities.audio.samples import RATE, AudioSamples, crop, decode_sou
 from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.image.samples import MAX_PIXELS, ImageSamples, crop_box, decode_image
 from d2v_ds.modalities.source import draw_views, generator, open_source, shard_pattern
+from d2v_ds.modalities.text import samples as text_samples
 from d2v_ds.modalities.text.samples import BOS, EOS, PAD, TextSamples
 from d2v_ds.recipe import load_recipe
 
@@ -527,6 +528,21 @@ def test_blocks_are_consecutive_tokens_of_a_shard_after_a_begin_token(folder: Pa
         assert stream.count(EOS) == 7 and len(stream) % 15
         expected += [[BOS, *stream[i : i + 15]] for i in range(0, len(stream) - 14, 15)]
     assert blocks == expected
+
+
+def test_a_document_of_many_blocks_goes_through_the_tokenizer_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is kept; where there is no room for it the blocks are the same."""
+    source = open_text(folder)
+    encode, calls = TextSamples.encode, []
+    monkeypatch.setattr(TextSamples, "encode", lambda self, text: calls.append(text) or encode(self, text))
+    kept = [source.samples.read(source.corpus, unit).tolist() for unit in range(source.size)]
+    assert len(calls) == len(set(calls)) == 14
+    monkeypatch.setattr(text_samples, "MAX_KEPT_TOKENS", 20)
+    source = open_text(folder)
+    assert [source.samples.read(source.corpus, unit).tolist() for unit in range(source.size)] == kept
+    assert len(calls) > 28 and source.samples._kept_tokens <= 20
 
 
 def test_a_batch_of_blocks_has_no_padding_and_exact_masks(folder: Path) -> None:

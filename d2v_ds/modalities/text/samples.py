@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from d2v_ds.model.tuned import Task, as_labels
 
 PARTS = ("text", "pair")
 """Fields of a sample that are text."""
+MAX_KEPT_TOKENS = 1 << 23
+"""Of the documents that were read last: 32 MB of a worker."""
 
 
 class TextData(StreamConfig):
@@ -114,6 +117,8 @@ class TextSamples:
         if self.config.data.mode == "samples":
             self.unit_starts = corpus.shard_starts
             return
+        self._documents: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._kept_tokens = 0
         self.blocks = TextBlocks.build(corpus.lengths, self.config.max_tokens - 1)
         self.unit_starts = self.blocks.block_starts
 
@@ -172,13 +177,30 @@ class TextSamples:
             ids = self.sequence(*(fields[name] for name in PARTS if name in fields))
             return np.array(self.cut(ids, "pair" in fields))
         first, offset, last = self.blocks.locate(unit)
-        stream = [i for doc in range(first, last + 1) for i in self.encode(corpus.read(doc)["text"])]
-        ids = stream[offset : offset + limit]
-        if len(ids) < limit:
+        parts, missing = [[BOS]], limit
+        for document in range(first, last + 1):
+            ids = self._document(corpus, document)
+            parts.append(ids[offset : offset + missing])
+            missing -= len(parts[-1])
+            offset = max(offset - len(ids), 0)
+        if missing:
             raise corpus.corrupt(
-                first, f"block of {len(ids)} tokens instead of {limit}: token counts are stale"
+                first, f"block of {limit - missing} tokens instead of {limit}: token counts are stale"
             )
-        return np.array([BOS, *ids])
+        return np.concatenate(parts, dtype=np.int64)
+
+    def _document(self, corpus: Corpus, document: int) -> np.ndarray:
+        """The ids of a document; of a long one each block would take all of it through the tokenizer again."""
+        if document in self._documents:
+            self._documents.move_to_end(document)
+            return self._documents[document]
+        ids = np.array(self.encode(corpus.read(document)["text"]), dtype=np.int32)
+        if len(ids) <= MAX_KEPT_TOKENS:
+            self._documents[document] = ids
+            self._kept_tokens += len(ids)
+        while self._kept_tokens > MAX_KEPT_TOKENS:
+            self._kept_tokens -= len(self._documents.popitem(last=False)[1])
+        return ids
 
     def collate(self, rows: list[np.ndarray], draws: list[Draw]) -> Batch:
         lengths = [len(row) for row in rows]
