@@ -167,6 +167,11 @@ def _check_member(scan: Scan, member: tarfile.TarInfo, size: int) -> None:
             f"{scan.path}: member {member.name!r} is a link or sparse; samples are plain files: "
             "pack it again with tar --dereference --hard-dereference and without --sparse"
         )
+    if not member.isreg() and not member.isdir() and member.size and split_name(member.name):
+        raise ValueError(
+            f"{scan.path}: member {member.name!r} at byte {member.offset} is of type "
+            f"{member.type.decode('latin-1')!r}, which no reader takes for a file; samples are plain: pack it again"
+        )
     if member.offset_data + stored > size:
         raise ValueError(f"{scan.path} is truncated at byte {size} {scan.after()}; {_REMEDY}")
 

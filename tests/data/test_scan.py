@@ -160,6 +160,19 @@ def test_links_are_an_error(tmp_path: Path) -> None:
         build_index(tmp_path / "a.tar")
 
 
+@pytest.mark.parametrize("kind", [b"Z", b"M"])
+def test_a_member_with_bytes_that_is_no_plain_file_is_an_error(tmp_path: Path, kind: bytes) -> None:
+    """Of a type that nobody knows, and a file's second part on another volume: readers pass over both in silence."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, type_ in (("0.txt", tarfile.REGTYPE), ("1.txt", kind), ("2.txt", tarfile.REGTYPE)):
+            info = tarfile.TarInfo(name)
+            info.size, info.type = 3, type_
+            tar.addfile(info, io.BytesIO(b"abc"))
+    with pytest.raises(ValueError, match=f"member '1.txt' at byte 1024 is of type '{kind.decode()}'"):
+        build_index(path)
+
+
 def test_failed_index_leaves_no_files(write_shards: Writer) -> None:
     path = write_shards(shards=1)[0]
     path.write_bytes(path.read_bytes()[:3000])
