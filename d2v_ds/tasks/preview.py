@@ -57,7 +57,7 @@ def preview(
         raise ValueError(f"--out {out} is a folder, or may not be written; give another name")
     indexes = ensure_index(paths, workers, say)
     starts = np.concatenate([[0], np.cumsum([index.num_samples for index in indexes])])
-    chosen = spread(int(starts[-1]), num_measured)
+    chosen = spread(int(starts[-1]), max(num_measured, num_shown))
     shown = {int(chosen[i]) for i in spread(len(chosen), num_shown)}
     jobs = []
     for shard, index in enumerate(indexes):

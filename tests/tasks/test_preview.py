@@ -54,6 +54,11 @@ def test_the_sheet_is_a_picture_that_shows_more_of_more_samples(folder, tmp_path
     assert small.format == "PNG" and large.height > small.height and np.asarray(large).std() > 10
 
 
+def test_as_many_are_drawn_as_were_asked_for_however_few_are_measured(folder, tmp_path, capsys):
+    found = preview(folder, tmp_path / "a.png", capsys, "--samples", "5", "--measured", "1")
+    assert found["looked_at"] == 5
+
+
 def test_a_member_is_known_by_its_bytes():
     assert recognise(b"caf\xc3\xa9", False) == {"kind": "text", "length": 4, "what": "4 characters"}
     assert recognise(b'{"a": 1}', False)["what"] == "json: a"
