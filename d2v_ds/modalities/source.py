@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import math
 import os
 import re
 from dataclasses import replace
@@ -189,7 +190,8 @@ def count_mix(sizes: dict[str, float], config: StreamConfig) -> dict[str, int]:
     largest = max(sizes.values())  # else a low temperature would overflow
     weights = {name: (size / largest) ** (1 / (config.temperature or 1)) for name, size in sizes.items()}
     if config.weights is not None:
-        weights = {name: config.weights[name.partition("/")[2]] for name in sizes}
+        _, power = math.frexp(max(config.weights.values()))  # else the sum of huge ones would overflow
+        weights = {name: math.ldexp(config.weights[name.partition("/")[2]], -power) for name in sizes}
     total = config.mix_steps * config.micro_batches
     counts = deal(weights, total)
     for name, count in counts.items():

@@ -23,7 +23,14 @@ from d2v_ds.modalities import inputs
 from d2v_ds.modalities.audio.samples import RATE, AudioSamples, crop, decode_sound, normalise, num_frames
 from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.image.samples import MAX_PIXELS, ImageSamples, crop_box, decode_image
-from d2v_ds.modalities.source import draw_views, generator, open_source, shard_pattern
+from d2v_ds.modalities.source import (
+    StreamConfig,
+    count_mix,
+    draw_views,
+    generator,
+    open_source,
+    shard_pattern,
+)
 from d2v_ds.modalities.text import samples as text_samples
 from d2v_ds.modalities.text.samples import BOS, EOS, PAD, TextSamples
 from d2v_ds.recipe import load_recipe
@@ -740,6 +747,16 @@ def test_crops_and_masks_of_one_draw_use_random_numbers_of_their_own() -> None:
 def test_data_is_a_folder_or_a_pattern_of_its_own(data: str, expected: str | list[str]) -> None:
     """A folder takes the recipe's file names; a pattern replaces them."""
     assert shard_pattern(data, "a-*.tar::b.tar") == expected
+
+
+@pytest.mark.parametrize("unit", [1e-320, 1e-9, 1.0, 4e307])
+def test_weights_count_by_their_ratio_however_large(unit: float) -> None:
+    """Their sum overflowed."""
+    weights = {"a": unit, "b": 4 * unit, "c": 3 * unit}
+    config = StreamConfig(
+        corpora=dict.fromkeys("abc", "*.tar"), weights=weights, micro_batches=8, mix_steps=1
+    )
+    assert count_mix({"x/a": 5, "x/b": 5, "x/c": 5}, config) == {"x/a": 1, "x/b": 4, "x/c": 3}
 
 
 def test_lengths_of_other_members_are_measured_anew(folder: Path) -> None:
