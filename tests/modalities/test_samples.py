@@ -19,10 +19,10 @@ import webdataset
 from PIL import Image
 
 from d2v_ds.data import Draw, Source
-from d2v_ds.modalities import inputs
+from d2v_ds.modalities import inputs, labelled
 from d2v_ds.modalities.audio.samples import RATE, AudioSamples, crop, decode_sound, normalise, num_frames
 from d2v_ds.modalities.build import build_model
-from d2v_ds.modalities.image.samples import MAX_PIXELS, ImageSamples, crop_box, decode_image
+from d2v_ds.modalities.image.samples import MAX_PIXELS, ImageSamples, crop_box, decode_image, least_side
 from d2v_ds.modalities.source import (
     StreamConfig,
     count_mix,
@@ -239,6 +239,41 @@ def test_sounds_may_be_taken_whole() -> None:
 def test_the_scale_of_one_takes_the_whole_picture() -> None:
     """Whatever its aspect."""
     assert crop_box((90, 10), (1.0, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0)) == (0, 0, 90, 10)
+
+
+@pytest.mark.parametrize(
+    ("form", "size", "decoded"),
+    [
+        ("JPEG", (4000, 3000), (1000, 750)),
+        ("JPEG", (1201, 1163), (601, 582)),
+        ("JPEG", (1100, 1100), (1100, 1100)),
+        ("JPEG", (5000, 440), (5000, 440)),
+        ("PNG", (2400, 2400), (2400, 2400)),
+    ],
+)
+def test_a_large_jpeg_is_decoded_to_the_crops_needed(
+    form: str, size: tuple[int, int], decoded: tuple[int, int]
+) -> None:
+    """As few pixels as leave no crop below 224; the crops are those of the whole picture."""
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    coarse.resize(size, Image.Resampling.BICUBIC).save(file, form)
+    samples = ImageSamples(load_recipe("image_base").modalities["image"], Path())
+    corpus = labelled.Fields({"image": file.getvalue()})
+    whole, read = samples.decode(corpus, 0), samples.read(corpus, 0)
+    assert (whole.size, read.size) == (size, decoded)
+    draws = draws_of(*range(4))
+    crops = samples.pixels([read] * 4, draws)
+    assert (crops - samples.pixels([whole] * 4, draws)).abs().mean() < 0.02 < crops.std()
+
+
+@pytest.mark.parametrize(("scale", "ratio"), [((0.2, 1.0), (3 / 4, 4 / 3)), ((0.08, 0.1), (0.2, 6.0))])
+def test_no_crop_is_less_than_was_decoded_for(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+    rng = np.random.default_rng(0)
+    for size in ((97, 61), (500, 20), (20, 500), (400, 400)):
+        boxes = np.array([crop_box(size, scale, ratio, rng) for _ in range(300)])
+        assert (boxes[:, 2:] - boxes[:, :2]).min() >= least_side(size, scale, ratio) - 1
+    assert least_side((90, 50), (1.0, 1.0), ratio) == 50
 
 
 def test_pixels_are_normalised_and_flipped_as_configured() -> None:

@@ -7,7 +7,7 @@ import math
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -115,14 +115,17 @@ class ImageSamples:
 
     def decode(self, corpus: Corpus, unit: int) -> Image.Image:
         """One whole sample as `prepare` takes it."""
-        return self.read(corpus, unit)
+        return decode_image(corpus.read(unit)["image"])
 
     def raw(self, images: list[Image.Image]) -> torch.Tensor:
         """The grey-scale pixels themselves, for a baseline; (N, size * size)."""
         return torch.stack([self.prepare(image).mean(dim=0).flatten() for image in images])
 
     def read(self, corpus: Corpus, unit: int) -> Image.Image:
-        return decode_image(corpus.read(unit)["image"])
+        """Of a large JPEG as many pixels as any crop may need."""
+        data = self.config.data
+        needed = Needed(self.config.size, data.crop_scale, data.crop_ratio)
+        return decode_image(corpus.read(unit)["image"], needed)
 
     def collate(self, images: list[Image.Image], draws: list[Draw]) -> Batch:
         tokens = (self.config.size // self.config.patch) ** 2
@@ -133,7 +136,8 @@ class ImageSamples:
         """Random crops, (B, 3, size, size)."""
         data, crops = self.config.data, []
         for image, draw in zip(images, draws, strict=True):
-            crop = self.augment(self.recolour(image, draw), generator(draw, "crop"))
+            full, factor = getattr(image, "reduced", (image.size, 1))
+            crop = self.augment(self.recolour(image, draw), full, factor, generator(draw, "crop"))
             if data.rand_augment:
                 crop = tuning.recolour(crop, data.rand_augment, data.mean, draw)
             crop = self.normalise(crop)
@@ -158,9 +162,12 @@ class ImageSamples:
             image = change(image).enhance(1 + rng.uniform(-1, 1) * self.config.data.jitter)
         return image
 
-    def augment(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def augment(
+        self, image: Image.Image, full: tuple[int, int], factor: int, rng: np.random.Generator
+    ) -> Image.Image:
+        """A random crop of a picture that was `full` and was reduced by a factor."""
         data, size = self.config.data, self.config.size
-        box = crop_box(image.size, data.crop_scale, data.crop_ratio, rng)
+        box = [edge / factor for edge in crop_box(full, data.crop_scale, data.crop_ratio, rng)]
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < data.flip else image
 
@@ -188,8 +195,20 @@ class ImageSamples:
         return Batch("image", torch.stack(images))
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """RGB; ValueError if the bytes are no image, or one above MAX_PIXELS."""
+class Needed(NamedTuple):
+    """What crops will be drawn, as `crop_box` takes it, each resized to a square."""
+
+    side: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+
+
+def decode_image(data: bytes, needed: Needed | None = None) -> Image.Image:
+    """RGB; ValueError if the bytes are no image, or one above MAX_PIXELS.
+
+    With `needed` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where no crop falls below `side` by that; `reduced`
+    is then (its whole size, the factor).
+    """
     try:
         image = Image.open(io.BytesIO(data))
         if image.format == "EPS":  # Pillow hands it to Ghostscript, which may never end
@@ -198,9 +217,20 @@ def decode_image(data: bytes) -> Image.Image:
             raise ValueError(
                 f"image of {image.width}x{image.height} pixels is above the limit of {MAX_PIXELS}"
             )
-        return to_rgb(image)
+        full, factor = image.size, reduce(image, needed) if needed else 1
+        image = to_rgb(image)
+        image.reduced = full, factor
+        return image
     except UNDECODABLE as error:
         raise ValueError(f"undecodable image: {reason(error)}") from error
+
+
+def reduce(image: Image.Image, needed: Needed) -> int:
+    """Has a picture that is not decoded yet decoded smaller, if its format can; by which factor."""
+    least = least_side(image.size, needed.scale, needed.ratio)
+    factor = next((k for k in (8, 4, 2) if k * needed.side <= least), 1)
+    drafted = image.draft(None, (image.width // factor, image.height // factor)) if factor > 1 else None
+    return factor if drafted else 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -247,3 +277,12 @@ def crop_box(
         min(height, max(1, round(width / ratio[0]))),
     )  # centre, nearest aspect
     return ((width - w) // 2, (height - h) // 2, (width - w) // 2 + w, (height - h) // 2 + h)
+
+
+def least_side(size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]) -> float:
+    """No side of a box of `crop_box` is shorter, but for rounding."""
+    width, height = size
+    if scale[0] >= 1:
+        return min(size)
+    drawn = math.sqrt(width * height * scale[0] * min(ratio[0], 1 / ratio[1]))
+    return min(drawn, width, height, height * ratio[1], width / ratio[0])
