@@ -41,8 +41,10 @@ class Buckets:
         A sample counts as no longer than `longest`, and has `extra` besides its length (a begin token).
         """
         assert budget >= longest + extra, f"a budget of {budget} holds no sample of {longest}"
-        self.lengths, self.budget, self.longest, self.extra = lengths, budget, longest, extra
+        self.lengths, self.budget, self.extra = lengths, budget, extra
         self._counts = lengths.count(shards, longest)
+        self.longest = longest = len(self._counts) - 1
+        budget = min(budget, most * (longest + extra))  # more holds no more, and may be no number of numpy's
         edges = _cut(self._counts, budget, most, extra)
         self.shortest, self.tops = np.array(edges, dtype=np.int64).T
         """(buckets,) the first and last length of each"""

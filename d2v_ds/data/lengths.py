@@ -72,10 +72,11 @@ class Lengths:
         return shard, stored_row(int(unit - self.shard_starts[shard]), self._left_out[shard])
 
     def count(self, shards: range, longest: int) -> np.ndarray:
-        """(longest + 1,) how many samples have each length; what is longer counts as `longest`."""
-        counts = np.zeros(longest + 1, dtype=np.int64)
+        """How many samples have each length, up to the longest that occurs; what is longer counts as `longest`."""
+        counts = np.zeros(1, dtype=np.int64)
         for _, column in self.pieces(shards):
-            counts += np.bincount(np.minimum(column, longest), minlength=longest + 1)
+            fewer, counts = sorted([counts, np.bincount(np.minimum(column, longest))], key=len)
+            counts[: len(fewer)] += fewer
         counts[0] = 0
         return counts
 

@@ -93,6 +93,16 @@ def test_an_epoch_has_every_sample_once_within_the_budget(budget: int, most: int
     assert orders[0] != orders[1] != orders[2]
 
 
+@pytest.mark.parametrize(("budget", "longest"), [(40 * 6, 39), (10**30, 39), (10**30, 2**31)])
+def test_a_budget_and_a_limit_above_all_lengths_cost_and_change_nothing(budget: int, longest: int) -> None:
+    """A count for each length up to 2**31 would take 17 GB."""
+    lengths = lengths_of(random_columns(high=40), 3)
+    assert len(lengths.count(range(5), longest)) == 40
+    buckets = Buckets(lengths, range(5), budget, 6, longest)
+    assert buckets.budget == budget
+    assert buckets.fingerprint() == Buckets(lengths, range(5), 40 * 6, 6, 40).fingerprint()
+
+
 def test_buckets_of_some_shards_have_only_theirs() -> None:
     lengths = lengths_of(random_columns(high=40), 3)
     buckets = Buckets(lengths, range(2, 4), 80, 100, 29)
