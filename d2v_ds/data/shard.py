@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from d2v_ds.data.cache import RemoteShard, acquire, fetch_beside, remote_size
+from d2v_ds.data.cache import RemoteShard, acquire, drop, fetch_beside, remote_size
 from d2v_ds.data.scan import MEMBER, crc32_of, scan_tar
 
 VERSION = 1
@@ -121,6 +121,10 @@ def index_remote(shard: RemoteShard) -> ShardIndex:
     file = acquire(shard)
     try:
         return replace(load_remote_index(shard) or build_index(shard.path, str(shard)), remote=shard)
+    except ValueError:
+        file.close()
+        drop(shard)  # what is read next time is what the server has then
+        raise
     finally:
         file.close()
 

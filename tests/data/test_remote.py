@@ -271,6 +271,17 @@ def test_a_broken_remote_shard_is_refused_by_its_url(site, tmp_path):
         open_corpus(f"{url}/train-000001.tar", settings_of(tmp_path))
 
 
+def test_a_remote_shard_that_was_refused_is_fetched_anew(local, site, tmp_path):
+    """It stayed in the cache, and was refused for ever."""
+    site.damaged = 1
+    with serve(site) as url:
+        with pytest.raises(ValueError, match="train-000000.tar holds no sample: its first header is empty"):
+            open_corpus(f"{url}/train-000000.tar", settings_of(tmp_path))
+        assert not cached(tmp_path)
+        corpus = open_corpus(f"{url}/{NAMES}", settings_of(tmp_path))
+        assert batches(corpus) == local_batches(local)
+
+
 def test_equal_names_at_other_urls_do_not_mix(site, tmp_path):
     site.files |= {f"other/{name}": site.files["train-000003.tar"] for name in ("train-000000.tar",)}
     with serve(site) as url:
