@@ -172,7 +172,7 @@ def remote_size(shard: RemoteShard) -> int | None:
 def _fetch(
     shard: RemoteShard, size: int | None, check: Callable[[Path], str | None] | None, position: int
 ) -> BinaryIO:
-    found = remote.size_of(shard.url)
+    found, tag = remote.version_of(shard.url)
     if size is not None and found is not None and found != size:
         raise RemoteError(
             f"{shard} has {found} bytes, when it was indexed {size}: it was replaced. Give back the old one, or remove "
@@ -188,7 +188,11 @@ def _fetch(
     try:
         for attempt in range(1, TRIES + 1):
             _receive(shard, file, size or found, position)
-            problem = check(part) if check else None
+            if check:
+                problem = check(part)
+            else:  # nothing else says that all pieces are of one file
+                before, (found, tag) = (found, tag), remote.version_of(shard.url)
+                problem = "it was replaced while it was fetched" if before != (found, tag) else None
             if problem is None:
                 break
             log.warning("%s: %s (try %d of %d)", shard, problem, attempt, TRIES)

@@ -49,6 +49,8 @@ SECONDS_UNTOLD = 5.0
 """Of trying again before it is said."""
 PASSING = {408, 425, 429, 500, 502, 503, 504}
 """HTTP answers that another try may not give."""
+TAGS = "ETag", "etag", "generation", "blob_id", "Last-Modified"
+"""What the clients call a file's version."""
 
 log = logging.getLogger(__name__)
 
@@ -155,10 +157,16 @@ def expand_url(url: str) -> list[str]:
 
 def size_of(url: str) -> int | None:
     """Bytes of a file; None where nobody says before it is read. Missing if it is not there."""
+    return version_of(url)[0]
+
+
+def version_of(url: str) -> tuple[int | None, str | None]:
+    """Bytes of a file, and what its server calls its content; None where it does not say."""
     if url.startswith("pipe:"):
-        return None
+        return None, None
     client, path = connect(url)
-    return patiently(lambda: fresh_info(client, path), url).get("size")
+    info = patiently(lambda: fresh_info(client, path), url)
+    return info.get("size"), next((str(info[name]) for name in TAGS if info.get(name)), None)
 
 
 def fresh_info(client: Any, path: str) -> dict[str, Any]:

@@ -31,6 +31,8 @@ class Site:
     ranges: bool = True
     seconds_per_piece: float = 0.0
     """Of 4096 bytes"""
+    tag: str = ""
+    """ETag of all files"""
     is_away: bool = False
     """Connections are closed without an answer"""
     asked: list[str] = field(default_factory=list)
@@ -84,6 +86,8 @@ def serve(site: Site) -> Iterator[str]:
             if asked and site.ranges:
                 self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(content)}")
             self.send_header("Content-Length", str(len(body)))
+            if site.tag:
+                self.send_header("ETag", site.tag)
             self.end_headers()
             if has_body:
                 self.send(body)

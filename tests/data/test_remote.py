@@ -306,6 +306,25 @@ def test_a_replaced_shard_of_another_size_is_named(site, tmp_path):
             corpus.read(0)
 
 
+def test_a_shard_that_is_replaced_while_it_is_fetched_is_fetched_again(site, tmp_path, caplog, monkeypatch):
+    """By one of the same size: half of each would be indexed as what it should be."""
+    monkeypatch.setattr(remotes, "PIECE", 8192)
+    old, new = (site.files[f"train-00000{i}.tar"] for i in (0, 1))
+    assert len(old) == len(new)
+
+    def respond(path: str, _: bytes) -> bytes | None:
+        if site.asked.count("train-000000.tar") > 1:
+            site.tag = "new"
+        return {"train-000000.tar": new if site.tag == "new" else old}.get(path)
+
+    site.respond, site.tag = respond, "old"
+    with serve(site) as url, caplog.at_level(logging.WARNING):
+        corpus = open_corpus(f"{url}/train-000000.tar", settings_of(tmp_path))
+        assert [corpus.read(i)["content"] for i in range(7)] == [payload(1, i) for i in range(7)]
+    assert "train-000000.tar: it was replaced while it was fetched (try 1 of 3)" in caplog.text
+    assert "try 2" not in caplog.text
+
+
 def test_samples_that_rotted_at_the_source_are_quarantined_alone(site, tmp_path, caplog):
     with serve(site) as url:
         corpus = open_corpus(f"{url}/train-000000.tar", settings_of(tmp_path))
