@@ -201,7 +201,7 @@ def read_range(client: Any, path: str, start: int, size: int, wanted: list[int])
     end = min(start + wanted[0], size)
     wanted[0] = max(wanted[0] // 2, SMALLEST_PIECE)
     if is_http(client):
-        content = read_http(client, path, start, end, min(start + UNRANGED, size))
+        content = read_http(client, path, start, end, size)
     else:
         options = {"cache_type": "none"} if is_hub(client) else {}
         content = client.cat_file(path, start=start, end=end, **options)
@@ -212,21 +212,21 @@ def read_range(client: Any, path: str, start: int, size: int, wanted: list[int])
     return content
 
 
-def read_http(client: Any, url: str, start: int, end: int, most: int) -> bytes:
+def read_http(client: Any, url: str, start: int, end: int, size: int) -> bytes:
     """What arrives of a range before the connection ends, however it ends, if it is anything."""
     from fsspec.asyn import sync
 
     arrived = bytearray()
     try:
-        sync(client.loop, receive, client, url, start, end, most, arrived)
+        sync(client.loop, receive, client, url, start, end, size, arrived)
     except Exception:
         if not arrived:
             raise
     return bytes(arrived)
 
 
-async def receive(client: Any, url: str, start: int, end: int, most: int, arrived: bytearray) -> None:
-    """Adds the range to `arrived`; of a server that gives the whole file, what there is up to `most`."""
+async def receive(client: Any, url: str, start: int, end: int, size: int, arrived: bytearray) -> None:
+    """Adds the range to `arrived`; of a server that gives the whole file of `size` bytes, up to UNRANGED of them."""
     session = await client.set_session()
     options = dict(client.kwargs)
     headers = {
@@ -236,7 +236,11 @@ async def receive(client: Any, url: str, start: int, end: int, most: int, arrive
     }
     async with session.get(client.encode_url(url), headers=headers, **options) as response:
         client._raise_not_found_for_status(response, url)
-        end = most if response.status == 200 else end
+        if response.status == 200:
+            is_plain = "Content-Encoding" not in response.headers
+            if is_plain and response.content_length not in (None, size):  # a page that says something else
+                raise OSError(f"{response.content_length} bytes came as the file, which has {size}")
+            end = min(start + UNRANGED, size)
         told = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
         skip = start - (int(told[1]) if told else 0)
         if skip < 0:

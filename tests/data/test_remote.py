@@ -215,6 +215,22 @@ def test_a_server_without_ranges_is_asked_for_a_shard_once(site, tmp_path, monke
 # ---- the index ----
 
 
+def test_a_page_in_the_place_of_a_shard_is_not_taken_for_its_first_bytes(local, site, tmp_path):
+    """As a gateway gives one now and then, with status 200."""
+    pages = ["train-000000.tar", "train-000003.tar"]
+
+    def respond(path: str, _: bytes) -> bytes | None:
+        if path in pages and site.asked[-1] == path:
+            pages.remove(path)
+            return b"<html>One moment, please</html>"
+        return site.files.get(path)
+
+    site.respond, site.ranges = respond, False
+    with serve(site) as url:
+        corpus = open_corpus(f"{url}/{NAMES}", settings_of(tmp_path))
+        assert batches(corpus) == local_batches(local) and not pages
+
+
 def test_a_published_index_is_taken_and_tars_wait_until_they_are_read(local, site, tmp_path):
     for path in local:
         build_index(path)
