@@ -16,6 +16,7 @@
 #   DEEPSPEED   preset or file of ds_configs/ (default: zero2)
 #   D2V_VENV    virtual environment, made if absent (default: .venv); none: what is active is taken as it is
 #   SHARD_MIB   size of shards (default: 256)
+#   key=value   any key of the recipe, paths relative to where you are; out=, init= and data=FOLDER stand for OUT, INIT and DATA
 set -euo pipefail
 [ ! -e "${INIT:-}" ] || INIT="$(realpath "$INIT")"
 source "$(dirname "${BASH_SOURCE[0]}")/pretrain.sh"

@@ -9,6 +9,7 @@
 #   TEST        shards in DATA that WER is measured on (default: *dev-clean*.tar)
 #   SPEECH, PARTS, DATA, MIRROR, CHECKSUMS, NUM_GPUS, OUT, DEEPSPEED, D2V_VENV, SHARD_MIB   as in pretrain_speech.sh
 #               (default of PARTS: train-clean-100 dev-clean)
+#   key=value   any key of the recipe, paths relative to where you are; out=, init= and data=FOLDER stand for OUT, INIT and DATA
 set -euo pipefail
 PARTS="${PARTS:-train-clean-100 dev-clean}"
 case "${INIT:-}" in "" | /* | *://*) ;; *) INIT="$PWD/$INIT" ;; esac # pretrain.sh changes the folder

@@ -217,7 +217,10 @@ def read_truths(items: Items, encoder: Encoder, label: str, data: str | Path) ->
     truths = []
     for i, text in enumerate(read_labels(items, label)):
         if not math.isfinite(number := as_number(text)):
-            raise ValueError(f"label {text!r} of {items.name(i).full} is no number, which the head gives")
+            raise ValueError(
+                f"label {text!r} of {items.name(i).full} is no number, which the head gives; name the member that "
+                "holds it, --label, or leave the sample out"
+            )
         truths.append(number)
     return truths
 
