@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained multimodal model, on any machine with two cores: installs, trains on the sample
-# shards, exports, loads the export and probes it. 5 to 10 minutes without a GPU.
+# shards, exports, loads the export and probes it. 5 to 12 minutes without a GPU.
 #
 #   bash scripts/quickstart.sh            OUT=checkpoints/other bash scripts/quickstart.sh [key=value ...]
 set -euo pipefail
