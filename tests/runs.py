@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import fcntl
 import json
 import os
 import shutil
@@ -140,15 +140,17 @@ def zero3_config(folder: Path) -> Path:
 
 
 def two_rank_run(factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two ranks at ZeRO-3, under the `deepspeed` launcher: one a session, only read."""
-    return build_two_rank_run(factory.getbasetemp())
-
-
-@functools.cache
-def build_two_rank_run(base: Path) -> Path:
-    folder = base / "two_ranks"
-    folder.mkdir()
-    start(deepspeed("--deepspeed", zero3_config(folder), f"out={folder / 'run'}", *TINY))
+    """A finished run of two ranks at ZeRO-3, under the `deepspeed` launcher: one for all processes of the tests, only
+    read."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two_ranks"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            shutil.rmtree(folder / "run", ignore_errors=True)
+            start(deepspeed("--deepspeed", zero3_config(folder), f"out={folder / 'run'}", *TINY))
+            (folder / "done").touch()
     return folder / "run"
 
 

@@ -20,6 +20,7 @@ from d2v_ds.convert.onnx import CHECKED, TOLERANCE, TRACED, Graph, check, open_s
 from d2v_ds.convert.single import single
 from d2v_ds.convert.stored import Stored
 
+pytestmark = pytest.mark.slow
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package)
 

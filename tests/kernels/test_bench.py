@@ -22,6 +22,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
 
+@pytest.mark.slow
 def test_check_writes_every_row_of_the_aims(tmp_path: Path):
     """Four shapes of targets whole and masked, two sizes of the average with and without a copy, attention, loss."""
     done = bench("--check", "--out", str(tmp_path))

@@ -150,6 +150,7 @@ def test_one_moved_weight_is_a_miss(
     assert verdicts["b0.sample_size"] == "ok"
 
 
+@pytest.mark.slow
 def test_the_exit_status_of_a_miss_is_1(tmp_path: Path) -> None:
     """As a process; --worst 2 keeps two rows and the summary."""
     folder = copy_case("text_cb4", tmp_path, "blocks.0.norm1.weight")

@@ -39,9 +39,8 @@ def whole(source, tmp_path_factory):
     return all_bytes(out)
 
 
-@pytest.mark.parametrize(
-    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_killed_at_random_moments_the_same_command_writes_the_same_bytes(source, whole, tmp_path, seed):
     """kill -9 of the main process alone, again and again; its workers end by themselves.
 

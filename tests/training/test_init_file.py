@@ -64,7 +64,7 @@ def tensors(exports: dict[str, Path]) -> dict[str, torch.Tensor]:
 def results(run: Path, exports: dict[str, Path], folder: Path) -> dict[str, dict]:
     """Of two ranks."""
     bf16 = ["--deepspeed", zero3_config(folder), "precision=bf16"]
-    two, begun = ["train.steps=2", "--deepspeed", "zero2"], folder / "begun"
+    begun = folder / "begun"
     return start_all(
         folder,
         {
@@ -74,11 +74,23 @@ def results(run: Path, exports: dict[str, Path], folder: Path) -> dict[str, dict
             "resumed": Command(folder / "resumed", bf16, after=begun),
             "other": Command(folder / "other", [*bf16, f"init={run}"], after=begun),
             "wider": Command(folder / "wider", ["body.dim=96", f"init={run}"]),
+            "all done": Command(folder / "all_done", [f"init={run}", "init_updates=steps"]),
+        },
+        ranks=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def updates(run: Path, folder: Path) -> dict[str, dict]:
+    """Of two ranks."""
+    two = ["train.steps=2", "--deepspeed", "zero2"]
+    return start_all(
+        folder,
+        {
             "tau": Command(folder / "tau", [*two, f"init={run}"]),
             "none": Command(folder / "none", [*two, f"init={run}", "init_updates=none"]),
             "steps": Command(folder / "steps", [*two, "train.steps=8", f"init={run}", "init_updates=steps"]),
             "chain": Command(folder / "chain", [*two, f"init={folder / 'tau'}"]),
-            "all done": Command(folder / "all_done", [f"init={run}", "init_updates=steps"]),
         },
         ranks=2,
     )
@@ -191,12 +203,13 @@ def test_another_start_for_a_run_that_has_begun_is_an_error(results, exports):
     assert f"was started from {exports['both']}, and goes on from its own" in results["other"]["err"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "steps", "done"), [("tau", [1, 2], 6), ("none", [1, 2], 0), ("steps", [7, 8], 6)]
 )
-def test_what_goes_on_from_the_files_updates(name, steps, done, results, folder):
+def test_what_goes_on_from_the_files_updates(name, steps, done, updates, folder):
     """The teacher's decay; nothing; the steps too, and with them the learning rate."""
-    assert results[name]["code"] == 0, results[name]["err"]
+    assert updates[name]["code"] == 0, updates[name]["err"]
     rows = read_rows(folder / name)
     ema = load_recipe("multimodal_tiny").ema
     assert [row["step"] for row in rows] == steps
@@ -204,14 +217,15 @@ def test_what_goes_on_from_the_files_updates(name, steps, done, results, folder)
     expected = [anneal(ema.start, ema.end, ema.anneal_steps, done + n) for n in (1, 2)]
     assert [row["tau"] for row in rows] == expected and len(set(expected)) == 2
     assert rows[0]["lr"] == pytest.approx(2e-3 * (steps[0] - 1) / 20)
-    assert f"{STEPS} updates, " in results[name]["out"]
+    assert f"{STEPS} updates, " in updates[name]["out"]
 
 
-def test_updates_add_up_over_a_chain_of_runs(results, folder):
+@pytest.mark.slow
+def test_updates_add_up_over_a_chain_of_runs(updates, folder):
     """6 of the first, 2 of the second."""
-    assert results["chain"]["code"] == 0, results["chain"]["err"]
+    assert updates["chain"]["code"] == 0, updates["chain"]["err"]
     assert read(folder / "tau").step == 8 and read(folder / "chain").step == 10
-    assert "the teacher's decay goes on at 8" in results["chain"]["out"]
+    assert "the teacher's decay goes on at 8" in updates["chain"]["out"]
 
 
 def test_steps_that_are_all_done_are_an_error(results):
