@@ -41,6 +41,10 @@ class NoRoom(RemoteError):
     """The cache is full of what is needed sooner."""
 
 
+class TooLarge(RemoteError):
+    """The cache may not hold it."""
+
+
 @dataclass(frozen=True)
 class RemoteShard:
     """A tar elsewhere, and its place in the cache."""
@@ -220,7 +224,7 @@ def _receive(shard: RemoteShard, file: BinaryIO, size: int | None, position: int
                 _write(file, piece, done)
                 done += len(piece)
         except RemoteError as error:
-            if not shard.url.startswith("pipe:") or isinstance(error, NoRoom):
+            if not shard.url.startswith("pipe:") or isinstance(error, NoRoom | TooLarge):
                 raise
             if time.monotonic() - began > 60 * shard.settings.retry_minutes or size is None and done == 0:
                 raise
@@ -247,7 +251,7 @@ def _write(file: BinaryIO, piece: bytes, at: int) -> None:
 def reserve(shard: RemoteShard, file: BinaryIO, size: int, position: int) -> None:
     """Disk space for `size` bytes of a file in the cache, evicting what is needed later than `position`."""
     if size > shard.limit:
-        raise RemoteError(
+        raise TooLarge(
             f"{shard} has {size / 1e6:.1f} MB, the cache {shard.root} may hold {shard.limit / 1e6:.1f} MB; "
             f"set remote.cache_gib to {_gib(2 * size)} or more"
         )

@@ -454,6 +454,16 @@ def test_a_command_that_ends_too_early_is_a_truncated_shard(local, tmp_path):
         open_corpus(f"pipe:head -c 4000 {local[0]}", settings_of(tmp_path, pipe=True))
 
 
+def test_a_command_that_gives_more_than_the_cache_may_hold_runs_once(local, tmp_path, monkeypatch):
+    """It was run again and again, for `retry_minutes`."""
+    monkeypatch.setattr(remotes, "PIECE", 1024)
+    ran = tmp_path / "ran"
+    settings = settings_of(tmp_path, pipe=True, cache_gib=gib(3000))
+    with pytest.raises(RemoteError, match="may hold 0.0 MB; set remote.cache_gib"):
+        open_corpus(f"pipe:echo >> {ran}; cat {local[0]}", settings)
+    assert ran.read_text() == "\n"
+
+
 # ---- the cache, shared ----
 
 
