@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -212,30 +212,40 @@ def _fetch(
 
 
 def _receive(shard: RemoteShard, file: BinaryIO, size: int | None, position: int) -> None:
-    """Fills the file; the pipe's whole output again if its command fails."""
+    """Fills the file; the pipe's whole output again if its command fails, or others that grow keep its room."""
     began = time.monotonic()
-    while True:
-        done = 0
-        reserve(shard, file, size or 0, position)
-        try:
-            for piece in remote.pieces(shard.url, size):
-                if size is None:
-                    reserve(shard, file, done + len(piece), position)
-                _write(file, piece, done)
-                done += len(piece)
-        except RemoteError as error:
-            if not shard.url.startswith("pipe:") or isinstance(error, NoRoom | TooLarge):
-                raise
-            if time.monotonic() - began > 60 * shard.settings.retry_minutes or size is None and done == 0:
-                raise
-            time.sleep(remote.FIRST_WAIT)
-            continue
-        if size is not None and done != size:
-            raise RemoteError(
-                f"{shard} gave {done} bytes, when it was indexed it had {size}: it was replaced, or cut"
-            )
-        os.ftruncate(file.fileno(), done)
-        return
+    with ExitStack() as turn:
+        is_alone = size is not None
+        while True:
+            done = 0
+            reserve(shard, file, size or 0, position)
+            try:
+                for piece in remote.pieces(shard.url, size):
+                    if size is None:
+                        seconds = None if is_alone else 2 * _SECONDS_OF_PATIENCE
+                        reserve(shard, file, done + len(piece), position, seconds)
+                    _write(file, piece, done)
+                    done += len(piece)
+            except NoRoom:
+                if is_alone:
+                    raise
+                os.ftruncate(file.fileno(), 0)  # else files that grow wait for each other
+                turn.enter_context(locked(shard.root / "growing"))
+                is_alone = True
+                continue
+            except RemoteError as error:
+                if not shard.url.startswith("pipe:") or isinstance(error, TooLarge):
+                    raise
+                if time.monotonic() - began > 60 * shard.settings.retry_minutes or size is None and done == 0:
+                    raise
+                time.sleep(remote.FIRST_WAIT)
+                continue
+            if size is not None and done != size:
+                raise RemoteError(
+                    f"{shard} gave {done} bytes, when it was indexed it had {size}: it was replaced, or cut"
+                )
+            os.ftruncate(file.fileno(), done)
+            return
 
 
 def _write(file: BinaryIO, piece: bytes, at: int) -> None:
@@ -248,15 +258,18 @@ def _write(file: BinaryIO, piece: bytes, at: int) -> None:
 # ---- room ----
 
 
-def reserve(shard: RemoteShard, file: BinaryIO, size: int, position: int) -> None:
-    """Disk space for `size` bytes of a file in the cache, evicting what is needed later than `position`."""
+def reserve(
+    shard: RemoteShard, file: BinaryIO, size: int, position: int, seconds: float | None = None
+) -> None:
+    """Disk space for `size` bytes of a file in the cache, evicting what is needed later than `position`; NoRoom
+    after so many seconds, None: `retry_minutes`."""
     if size > shard.limit:
         raise TooLarge(
             f"{shard} has {size / 1e6:.1f} MB, the cache {shard.root} may hold {shard.limit / 1e6:.1f} MB; "
             f"set remote.cache_gib to {_gib(2 * size)} or more"
         )
     began = time.monotonic()
-    deadline = began + 60 * shard.settings.retry_minutes
+    deadline = began + (60 * shard.settings.retry_minutes if seconds is None else seconds)
     is_patient = position < 0 and not shard.settings.refetch
     while True:
         with locked(shard.root / "lock"):

@@ -464,6 +464,19 @@ def test_a_command_that_gives_more_than_the_cache_may_hold_runs_once(local, tmp_
     assert ran.read_text() == "\n"
 
 
+def test_commands_that_fill_the_cache_at_once_take_turns(local, tmp_path, monkeypatch):
+    """Neither says its size: each had half of the room, and waited for the other's until `retry_minutes` were over."""
+    monkeypatch.setattr(remotes, "PIECE", 512)
+    monkeypatch.setattr(caches, "_SECONDS_OF_PATIENCE", 0.1)
+    settings = settings_of(tmp_path, pipe=True, cache_gib=gib(1.5 * local[0].stat().st_size))
+    shards = [
+        RemoteShard(f"pipe:head -c 9000 {path}; sleep 0.2; tail -c +9001 {path}", settings) for path in local
+    ]
+    with ThreadPoolExecutor(len(shards)) as pool:
+        list(pool.map(lambda shard: acquire(shard).close(), shards))
+    assert used(tmp_path / "cache") <= settings.cache_gib * (1 << 30)
+
+
 # ---- the cache, shared ----
 
 
