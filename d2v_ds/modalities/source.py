@@ -87,12 +87,20 @@ class StreamConfig(Config):
 def shard_pattern(data: str, shards: str) -> str | list[str]:
     """`data` may be a folder (then `shards` names files in it) or a shard pattern of its own."""
     parts = data.split("::")
-    if any(not os.path.isdir(part) and _is_pattern(part) for part in parts):
+    if any(map(_is_pattern, parts)):
         return data
     return [pattern for part in parts for pattern in _folder_patterns(part, shards)]
 
 
+def train_patterns(data: str, shards: str) -> list[str]:
+    """As `shard_pattern`; where folders and patterns are joined, `shards` names files in each of the folders."""
+    parts = [part for part in data.split("::") if part] or [data]
+    return [p for part in parts for p in ([part] if _is_pattern(part) else _folder_patterns(part, shards))]
+
+
 def _is_pattern(part: str) -> bool:
+    if os.path.isdir(part):
+        return False
     return part.endswith(".tar") or bool(set(part) & set("*{?")) or part.startswith("pipe:")
 
 
@@ -147,7 +155,7 @@ def column_name(base: str, config: StreamConfig) -> str:
 def find_corpora(name: str, data: str, config: StreamConfig) -> dict[str, list[Path]]:
     """The shards of each corpus of a modality, under what its order is drawn from."""
     if config.corpora is None:
-        return {name: expand_shards(shard_pattern(data, config.shards))}
+        return {name: expand_shards(train_patterns(data, config.shards))}
     patterns = {corpus: shard_pattern(data, pattern) for corpus, pattern in sorted(config.corpora.items())}
     if data in patterns.values():
         raise ValueError(

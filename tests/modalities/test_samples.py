@@ -30,6 +30,7 @@ from d2v_ds.modalities.source import (
     generator,
     open_source,
     shard_pattern,
+    train_patterns,
 )
 from d2v_ds.modalities.text import samples as text_samples
 from d2v_ds.modalities.text.samples import BOS, EOS, PAD, TextSamples
@@ -782,6 +783,15 @@ def test_crops_and_masks_of_one_draw_use_random_numbers_of_their_own() -> None:
 def test_data_is_a_folder_or_a_pattern_of_its_own(data: str, expected: str | list[str]) -> None:
     """A folder takes the recipe's file names; a pattern replaces them."""
     assert shard_pattern(data, "a-*.tar::b.tar") == expected
+
+
+def test_folders_of_a_list_take_the_recipes_file_names_beside_patterns_too(tmp_path: Path) -> None:
+    """They gave all of their tars, of validation too."""
+    for folder in ("x", "z"):
+        (tmp_path / folder).mkdir()
+    data = f"{tmp_path}/x::y/c.tar::{tmp_path}/z"
+    assert train_patterns(data, "a-*.tar") == [f"{tmp_path}/x/a-*.tar", "y/c.tar", f"{tmp_path}/z/a-*.tar"]
+    assert train_patterns("y/{0..3}.tar::y/c.tar", "a-*.tar") == ["y/{0..3}.tar", "y/c.tar"]
 
 
 @pytest.mark.parametrize("unit", [1e-320, 1e-9, 1.0, 4e307])
