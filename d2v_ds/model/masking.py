@@ -71,16 +71,16 @@ def random_mask(rng: np.random.Generator, views: int, tokens: int, mask: Mask) -
     return ~exactly(np.zeros((views, tokens), bool), int(tokens * (1 - mask.ratio)), rng)
 
 
-def span_mask(rng: np.random.Generator, views: int, tokens: int, mask: Mask) -> np.ndarray:
-    """Spans of `length` at distinct starts, T * ratio / length of them (rounded up or down at random), that overlap
-    freely; (M, T). Inside the sequence ("span", wav2vec 2.0's), or cut off at its end ("token_span")."""
+def span_mask(rng: np.random.Generator, views: int, tokens: int, mask: Mask, least: int = 1) -> np.ndarray:
+    """Spans of `length` at distinct starts, T * ratio / length of them (rounded up or down at random), or `least`, that
+    overlap freely; (M, T). Inside the sequence ("span", wav2vec 2.0's), or cut off at its end ("token_span")."""
     masked = np.zeros((views, tokens), bool)
     if tokens < 2:
         raise ValueError(
             f"a sequence of {tokens} tokens is too short for masked spans; leave it out of the data"
         )
     for row in masked:
-        spans = min(max(1, int(tokens * mask.ratio / mask.length + rng.random())), tokens - 1)
+        spans = min(max(least, int(tokens * mask.ratio / mask.length + rng.random())), tokens - 1)
         starts = tokens
         if mask.kind == "span":  # too many spans for starts that leave room: any that are left
             starts = tokens - mask.length if tokens - mask.length > spans else spans + 1

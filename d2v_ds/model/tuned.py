@@ -23,7 +23,7 @@ from d2v_ds.model.data2vec import Data2Vec
 from d2v_ds.model.encoder import ModalityConfig, ModalityEncoder
 from d2v_ds.model.heads import HeadConfig, build_head, init_head
 from d2v_ds.model.layers import Body, draw_layerdrop, walk_blocks
-from d2v_ds.model.masking import Mask, draw_mask
+from d2v_ds.model.masking import Mask, span_mask
 
 
 class Task(Config):
@@ -190,7 +190,7 @@ class Tuned(Data2Vec):
             x_BTD = torch.where(batch.mask_NT[:, :, None], instead.to(x_BTD.dtype), x_BTD)
         if self.task.channel_mask is not None and self.training:
             rng = np.random.default_rng(int(torch.randint(2**62, ())))
-            hidden_BD = draw_mask(rng, len(x_BTD), x_BTD.shape[2], self.task.channel_mask)
+            hidden_BD = span_mask(rng, len(x_BTD), x_BTD.shape[2], self.task.channel_mask, least=0)
             x_BTD = x_BTD.masked_fill(torch.from_numpy(hidden_BD).to(x_BTD.device)[:, None], 0)
         return x_BTD
 

@@ -16,6 +16,8 @@ from d2v_ds.data import Draw
 from d2v_ds.modalities.audio.samples import AudioSamples, frames_needed
 from d2v_ds.modalities.build import build_tuned
 from d2v_ds.modalities.labelled import Labelled
+from d2v_ds.model.batch import Batch
+from d2v_ds.model.masking import Mask
 from d2v_ds.model.tuned import ctc_loss
 from d2v_ds.recipe import load_recipe
 from d2v_ds.training.init import with_network
@@ -88,6 +90,14 @@ def test_masked_frames_become_noise_and_channels_zero(recipe, batch) -> None:
     noise = hidden[batch.mask_NT][:, ~channels.any(0)]
     assert 0.005 < noise.std() < 0.015 and (hidden[~batch.mask_NT] * (1 - hidden[~batch.mask_NT]) == 0).all()
     assert torch.equal(model.eval().hide(ones, collate(recipe, 5)).eq(1).all(-1), ~batch.mask_NT)
+
+
+def test_so_many_channels_are_hidden_as_their_share_says(recipe) -> None:
+    """Less than one span a sample: most samples keep all channels, as in the original."""
+    model = build_tuned(recipe.body, recipe.modalities, recipe.task).train()
+    model.task = recipe.task.model_copy(update={"channel_mask": Mask(kind="span", ratio=0.02, length=8)})
+    hidden = model.hide(torch.ones(4000, 1, recipe.body.dim), Batch("audio", torch.zeros(0))) == 0
+    assert hidden.float().mean() == pytest.approx(0.02, rel=0.2)
 
 
 def test_a_sound_too_short_for_its_transcript_is_named(recipe) -> None:
