@@ -26,7 +26,16 @@ from d2v_ds.modalities.source import shard_pattern
 from d2v_ds.tasks.embed import best_device
 from d2v_ds.tasks.items import paired
 from d2v_ds.tasks.knn import knn
-from d2v_ds.tasks.probe import choose, layer_means, random_twin, read_labels, refusal, ridge
+from d2v_ds.tasks.probe import (
+    choose,
+    layer_means,
+    random_twin,
+    read_labels,
+    refusal,
+    refuse_classes,
+    refuse_overlap,
+    ridge,
+)
 from d2v_ds.tasks.readout import Tokens, Training, Vectors, readout
 from d2v_ds.tasks.table import Bad, write_whole
 
@@ -129,14 +138,7 @@ def open_parts(
         corpus = Corpus.open(expand_shards(shards), fields, progress=None)
         indices = choose(len(corpus), samples or len(corpus))
         parts.append(Part(corpus, indices, read_labels(corpus, indices, label), str(shards)))
-    known, asked = (set(part.labels.tolist()) for part in parts)
-    if len(known) < 2:
-        raise ValueError(f"{names[0]} holds one class alone ({known.pop()}); give shards of two or more")
-    unknown = sorted(asked - known)
-    if unknown and samples is None:
-        raise ValueError(
-            f"classes {unknown[:8]} of {names[1]} are not in {names[0]}; give shards of the same classes"
-        )
+    refuse_classes(names, parts[0].labels, parts[1].labels, samples is None)
     return parts
 
 
@@ -165,20 +167,6 @@ def first_there(data: str, given: str | None, patterns: tuple[str, ...], verb: s
     raise ValueError(
         f"{data} holds none of {', '.join(patterns)}; name the shards to {verb} on with {option}"
     )
-
-
-def overlap(train: list[Any], test: list[Any]) -> list[str]:
-    """Shards that both name, by whatever path or link."""
-    named = ({str(s.resolve() if isinstance(s, Path) else s) for s in shards} for shards in (train, test))
-    return sorted(set.intersection(*named))
-
-
-def refuse_overlap(names: tuple[str, str]) -> None:
-    if both := overlap(*map(expand_shards, names)):
-        raise ValueError(
-            f"{names[0]} and {names[1]} both name {both[0]}; what is fitted on says nothing when it is tested on: "
-            "name other shards with --train and --test"
-        )
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------

@@ -64,11 +64,49 @@ def ridge(
 
 
 def labelled(encoder: Encoder, shards: str, label: str) -> tuple[list[Any], Tensor]:
-    """Decoded items and integer labels of all samples of some shards."""
+    """Decoded items and integer labels of all samples of some shards; ValueError names one that cannot be used."""
     samples = encoder.samples
     corpus = Corpus.open(expand_shards(shards), {**samples.fields, "label": label}, progress=None)
     labels = read_labels(corpus, range(len(corpus)), label)
-    return [samples.decode(corpus, i) for i in range(len(corpus))], labels
+    items = []
+    for i in range(len(corpus)):
+        try:
+            items.append(samples.decode(corpus, i))
+        except ValueError as error:
+            raise ValueError(f"{corpus.key(i)} cannot be used: {error}; name shards without it") from error
+    return items, labels
+
+
+def overlap(train: list[Any], test: list[Any]) -> list[str]:
+    """Shards that both name, by whatever path or link."""
+    named = ({str(s.resolve() if isinstance(s, Path) else s) for s in shards} for shards in (train, test))
+    return sorted(set.intersection(*named))
+
+
+def refuse_overlap(names: tuple[str, str]) -> None:
+    if both := overlap(*map(expand_shards, names)):
+        raise ValueError(
+            f"{names[0]} and {names[1]} both name {both[0]}; what is fitted on says nothing when it is tested on: "
+            "name other shards with --train and --test"
+        )
+
+
+def refuse_classes(
+    names: tuple[str, str], labels_N: Tensor, test_labels_N: Tensor, is_whole: bool = True
+) -> None:
+    """Raises ValueError for a part to fit on of one class, and for classes that the other has alone, unless they may be
+    among the samples that are not looked at."""
+    known, asked = set(labels_N.tolist()), set(test_labels_N.tolist())
+    if len(known) < 2:
+        more = "" if is_whole else ", or raise --samples"
+        raise ValueError(
+            f"{names[0]} holds one class alone ({known.pop()}); give shards of two or more{more}"
+        )
+    unknown = sorted(asked - known)
+    if unknown and is_whole:
+        raise ValueError(
+            f"classes {unknown[:8]} of {names[1]} are not in {names[0]}; give shards of the same classes"
+        )
 
 
 def choose(size: int, most: int) -> list[int]:
@@ -154,13 +192,16 @@ def probe(
 ) -> list[Row]:
     """Rows for raw input, the run's own random initialisation and the trained weights, `mean` and `all` features.
 
-    Raises ValueError if `lowest_penalty` leaves none of 1e-8 ... 1e6.
+    Raises ValueError if `lowest_penalty` leaves none of 1e-8 ... 1e6, for shards that are fitted and tested on, classes
+    in the test part alone, a sample that cannot be read, and features that are not finite.
     """
     if not lowest_penalty <= PENALTIES[-1]:
         raise ValueError(f"lowest_penalty={lowest_penalty:g} is above {PENALTIES[-1]:g}, the largest penalty")
+    refuse_overlap((train, test))
     encoder = load(model, modality, weights)
     train_items, train_labels = labelled(encoder, train, label)
     test_items, test_labels = labelled(encoder, test, label)
+    refuse_classes((train, test), train_labels, test_labels)
     rows = []
     raw = raw_features(encoder, train_items), raw_features(encoder, test_items)
     if raw[0] is not None:
@@ -168,6 +209,8 @@ def probe(
         rows.append(Row("raw input", accuracy, raw[0].shape[1], penalty))
     for name, network in (("random init", random_twin(encoder)), (weights, encoder)):
         fit, held_out = features(network, train_items), features(network, test_items)
+        if not all(x.isfinite().all() for x in (*fit.values(), *held_out.values())):
+            raise ValueError(f"{name}: features are not finite; take weights of an earlier step")
         for kind in fit:
             accuracy, penalty = ridge(fit[kind], train_labels, held_out[kind], test_labels, lowest_penalty)
             rows.append(Row(f"{name}, {kind}", accuracy, fit[kind].shape[1], penalty))

@@ -25,9 +25,9 @@ from d2v_ds.modalities.source import shard_pattern
 from d2v_ds.model.heads import HEAD, build_head
 from d2v_ds.recipe import Recipe
 from d2v_ds.tasks.evaluate import answers, best_path, import_jiwer, renumber, score_transcripts
-from d2v_ds.tasks.frozen import overlap
 from d2v_ds.tasks.items import Items, Name, ShardItems, open_items
 from d2v_ds.tasks.metrics import check_metrics, measure
+from d2v_ds.tasks.probe import overlap
 from d2v_ds.tasks.table import Bad, write_whole
 from d2v_ds.training.agreement import together
 from d2v_ds.training.log import warn

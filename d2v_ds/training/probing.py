@@ -33,9 +33,8 @@ from d2v_ds.modalities.build import build_model
 from d2v_ds.modalities.source import shard_pattern
 from d2v_ds.model.data2vec import TEACHER
 from d2v_ds.recipe import Recipe
-from d2v_ds.tasks.frozen import overlap
 from d2v_ds.tasks.knn import knn
-from d2v_ds.tasks.probe import choose, layer_means, random_twin, read_labels, refusal, ridge
+from d2v_ds.tasks.probe import choose, layer_means, overlap, random_twin, read_labels, refusal, ridge
 from d2v_ds.tasks.spectrum import alpha_req, lidar, rankme
 from d2v_ds.training.agreement import together
 from d2v_ds.training.log import keep_rows, read_rows, warn

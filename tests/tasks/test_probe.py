@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
+
 import pytest
 import torch
+from ranks import SAMPLE
 
-from d2v_ds.tasks.probe import PENALTIES, ridge
+from d2v_ds.convert.consolidate import write_export
+from d2v_ds.convert.stored import Stored
+from d2v_ds.modalities.build import build_model
+from d2v_ds.recipe import load_recipe
+from d2v_ds.tasks.probe import PENALTIES, probe, ridge
 
 
 def draw(samples: int, dim: int, seed: int, noise: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,3 +73,34 @@ def test_features_without_labels_in_them_score_chance():
     x, y = draw(600, 20, 3)
     accuracy, _ = ridge(torch.randn_like(x), y, *draw(600, 20, 4))
     assert accuracy < 0.42
+
+
+def test_what_cannot_be_probed_is_an_error_that_says_why(tmp_path, monkeypatch):
+    """Not a number that says nothing, nor a traceback from linear algebra."""
+    recipe = load_recipe("image_tiny", ["body.dim=48", "body.depth=2", "modalities.image.target.top_k=2"])
+    model = build_model(recipe.body, recipe.modalities, has_teacher=False)
+    tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    write_export(Stored(recipe, tensors, "run, step_00000001", step=1, weights="student"), tmp_path / "model")
+    shards = {"train": SAMPLE / "multimodal-train-000000.tar", "test": SAMPLE / "multimodal-val-000000.tar"}
+    for name, chosen in (("three", "1 2 3"), ("one", "1"), ("bad", "1 2")):
+        with tarfile.open(shards["train"]) as source, tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            members = {member.name: source.extractfile(member).read() for member in source}
+            for key in sorted({member.partition(".")[0] for member in members}):
+                if members[f"{key}.cls"].decode() not in chosen.split():
+                    continue
+                for kind in ("png", "cls"):
+                    content = b"no picture" if (name, kind) == ("bad", "png") else members[f"{key}.{kind}"]
+                    info = tarfile.TarInfo(f"{key}.{kind}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    nan = torch.full((1, 2, 48), torch.nan)
+    monkeypatch.setattr("d2v_ds.tasks.probe.layer_means", lambda encoder, items, batch: nan)
+    for changed, said in (
+        ({"test": shards["train"]}, "both name .*; what is fitted on says nothing when it is tested on"),
+        ({"train": tmp_path / "one.tar"}, r"one.tar holds one class alone \(1\)"),
+        ({"train": tmp_path / "three.tar"}, r"classes \[0, 4, 5, 6, 7, 8, 9\] of .* are not in .*three.tar"),
+        ({"train": tmp_path / "bad.tar"}, "bad.tar:train-000.* cannot be used: undecodable image"),
+        ({}, "random init: features are not finite; take weights of an earlier step"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            probe(tmp_path / "model", **{name: str(path) for name, path in (shards | changed).items()})
