@@ -124,13 +124,15 @@ def find_classes(path: Path, column: str, names: list[str] | None) -> list[str]:
         value = values[column]
         if isinstance(value, float) and not (math.isfinite(value) and value.is_integer()):
             raise ValueError(f"{path}, row {number}: label {value!r} is no class; --regression takes numbers")
-        if isinstance(value, (list, dict)):
+        if isinstance(value, (list, dict, bytes)):
             raise ValueError(f"{path}, row {number}: label {value!r} is no class: give each row one")
         seen[name_of(value)] += 1
         if len(seen) > MOST_CLASSES:
             raise ValueError(
                 f"{path} has more than {MOST_CLASSES} classes in {column!r}; is it the label's column?"
             )
+    if not seen:
+        raise ValueError(f"{path} has no row with a label in {column!r}; label them, or name another column")
     if len(seen) < 2:
         raise ValueError(
             f"{path} has one class alone in {column!r} ({', '.join(seen)}); two or more are needed"

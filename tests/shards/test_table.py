@@ -101,6 +101,8 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     bad[4]["label"] = " "
     assert "row 5 has no label in 'label'" in refuse(write(tmp_path / "b.tsv", bad))
     assert "has one class alone in 'label' (yes)" in refuse(write(tmp_path / "c.tsv", ROWS[:1]))
+    bare = [row | {"label": ""} for row in ROWS]
+    assert "b.tsv has no row with a label in 'label'; label them" in refuse(write(tmp_path / "b.tsv", bare))
     assert "contradict each other" in refuse(table, "--val", 0.1, "--val-file", table)
     assert "has 3 columns, but 2 names" in refuse(table, "--columns", "text", "label")
     assert "is not there" in refuse(tmp_path / "none.tsv")
