@@ -101,6 +101,7 @@ class Examiner:
         if self.best and self.best["step"] in run.saver.lost:
             self.best = self.before
         is_best = self.best is None or row["score"] > self.best["score"]
+        numbers += f"  unreadable {row['unreadable']}" if row["unreadable"] else ""
         run.say(f"test at step {run.step}: {numbers}{' (best)' * is_best}")
         if is_best:
             self.before, self.best = self.best, {"step": run.step, **row}
@@ -118,7 +119,8 @@ class Examiner:
         dist.all_gather_object(everyone, (said, [mine.place(i) for i in places], len(bad)))
         rows = [(i, row) for said, found, _ in everyone for i, row in zip(found, said, strict=True)]
         if not rows:
-            raise ValueError(f"task.test: none of {items.words} can be read")
+            first = f"; the first: {bad[0].key}: {bad[0].reason}" if bad else ""
+            raise ValueError(f"task.test: none of {items.words} can be read{first}")
         rows.sort(key=lambda row: row[0])
         bad_count = sum(count for _, _, count in everyone)
         if decode:

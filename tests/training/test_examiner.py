@@ -6,9 +6,12 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from d2v_ds.convert.consolidate import best_checkpoint
 from d2v_ds.recipe import load_recipe
+from d2v_ds.tasks.table import Bad
+from d2v_ds.training import examiner as examiner_module
 from d2v_ds.training import run as run_module
 from d2v_ds.training.examiner import Examiner
 from d2v_ds.training.run import Run
@@ -67,3 +70,32 @@ def test_a_run_that_goes_on_knows_its_best_unless_it_is_scored_on_others(tmp_pat
     without = Examiner(recipe, None)
     without.go_on(run, {"best": BEST, "test": {"": "a"}})
     assert without.best == BEST
+
+
+def test_test_samples_that_cannot_be_read_are_said(tmp_path, monkeypatch) -> None:
+    """How many in the line of the score; if none can, the first and why."""
+    recipe, said, bad = load_recipe("finetune_image_tiny"), [], Bad("a.tar:3", "undecodable image")
+    run = SimpleNamespace(
+        recipe=recipe, folder=tmp_path, rank=0, world=1, step=7, log=None, say=said.append, save=lambda: None,
+        watchdog=SimpleNamespace(wait_patiently=lambda what: None), saver=SimpleNamespace(lost=()),
+    )  # fmt: skip
+    monkeypatch.setattr(examiner_module, "build_encoder", lambda run, samples: None)
+    monkeypatch.setattr(examiner_module, "together", lambda work: work())
+    monkeypatch.setattr(
+        examiner_module.dist, "all_gather_object", lambda everyone, mine: everyone.__setitem__(0, mine)
+    )
+    right = torch.eye(10)[3]
+    for rows, places in (([right], [1]), ([], [])):
+        monkeypatch.setattr(
+            examiner_module, "answers", lambda *a, found=(rows, places): a[4].append(bad) or found
+        )
+        items = SimpleNamespace(fingerprint="a", words="2 samples", has_labels=True)
+        scored = Examiner(recipe, {"": (items, [5, 3])})
+        if rows:
+            scored.score(run)
+            assert said == ["test at step 7: accuracy 1.0000  unreadable 1 (best)"]
+            continue
+        with pytest.raises(
+            ValueError, match="none of 2 samples can be read; the first: a.tar:3: undecodable image"
+        ):
+            scored.score(run)
