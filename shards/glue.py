@@ -135,12 +135,13 @@ def check_cola(path: Path) -> None:
     """ValueError unless every row looks like CoLA's: it has no header that would say which column is which."""
     for number, values in read_rows(path, [], [f"{i + 1}" for i in range(len(column_names(path)))]):
         fields = list(values.values()) if isinstance(values, dict) else []
-        if len(fields) != len(COLA) or fields[1] not in ("0", "1") or fields[2] not in ("", "*"):
+        is_row = len(fields) == len(COLA) and fields[1] in ("0", "1") and fields[2] in ("", "*")
+        if not is_row or len(fields[0].split()) != 1:
             shown = " | ".join(fields)[:100] if fields else str(values)
             raise ValueError(
-                f"{path}, row {number} is not as CoLA's, whose columns without a header are: source, label (0 or 1), "
-                f"mark (* or nothing), sentence; it says: {shown}. Put them in this order, or add a header with "
-                "`sentence` and `label`"
+                f"{path}, row {number} is not as CoLA's, whose columns without a header are: source (one word), label "
+                f"(0 or 1), mark (* or nothing), sentence; it says: {shown}. Put them in this order, or add a header "
+                "with `sentence` and `label`"
             )
 
 

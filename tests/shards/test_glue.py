@@ -99,10 +99,11 @@ def test_columns_that_do_not_fit_are_refused_with_the_list(tmp_path):
     """CoLA without a header, shuffled; a header without the label; no header; labels under another name's header."""
     cola = write_task(tmp_path / "glue", "cola")
     write_tsv(cola / "CoLA" / "train.tsv", "cola", samples("cola", "train", 6), [3, 1, 2, 0])
-    make(cola, "cola", tmp_path / "swapped")  # source and sentence look alike: what cannot be seen
+    assert "source (one word), label" in refuse(cola, "cola", tmp_path / "swapped")
     write_tsv(cola / "CoLA" / "train.tsv", "cola", samples("cola", "train", 6), [3, 0, 2, 1])
-    assert "source, label (0 or 1), mark (* or nothing), sentence; it says: cola train 0" in refuse(
-        cola, "cola", tmp_path / "a"
+    assert (
+        "source (one word), label (0 or 1), mark (* or nothing), sentence; it says: cola train 0"
+        in refuse(cola, "cola", tmp_path / "a")
     )
     named = "label\tsentence\n" + "".join(f"{s['label']}\t{s['text']}\n" for s in samples("cola", "train", 6))
     (cola / "CoLA" / "train.tsv").write_text(named, encoding="utf-8")
