@@ -180,6 +180,10 @@ def check_task(task: Task, name: str, data: Any) -> None:
     for key in OF_SPEECH:
         if name != "audio" and getattr(task, key):
             raise ValueError(f"task.{key} is of audio, the recipe fine-tunes {name}; leave it out")
+    if task.vocabulary and task.head != "ctc":
+        raise ValueError(
+            f"task.vocabulary={task.vocabulary} is of CTC, not of task.head={task.head}; leave it out"
+        )
     if task.smoothing and (task.outputs == 1 or task.head == "ctc"):
         what = "transcripts" if task.head == "ctc" else "the numbers of task.outputs=1"
         raise ValueError(f"task.smoothing={task.smoothing:g} is of classes, not of {what}; set it to 0")

@@ -141,6 +141,7 @@ def test_wrong_tasks_are_errors() -> None:
         ("finetune_audio_classes", ["task.head=sentence_classification"], "is of text, the recipe fine-tunes audio"),
         ("finetune_text_rte", ["task.frozen_extractor=true"], "task.frozen_extractor is of audio, the recipe fine"),
         ("finetune_image_tiny", ["task.mask.kind=span"], "task.mask is of audio"),
+        ("finetune_audio_classes", ["task.vocabulary=a.model"], "task.vocabulary=a.model is of CTC, not of"),
         ("finetune_image_base", ["task.outputs=1"], "smoothing=0.1 is of classes, not of the numbers of task.o"),
         ("finetune_image_base", number, r"image.data.mixup=0.7 mixes classes, not the numbers of task.outputs=1"),
         ("finetune_audio_tiny", ["task.smoothing=0.1"], "is of classes, not of transcripts"),
