@@ -229,13 +229,13 @@ def read_classes(items: Items, encoder: Encoder, label: str, data: str | Path) -
     """Numbers of the head's outputs; labels may be those, or names of classes that are no such numbers."""
     names = encoder.head_config.labels or ()
     outputs = encoder.head_config.outputs
-    numbers = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(outputs)}
     others = renumber(data, names, label)
     found = []
     for i, text in enumerate(read_labels(items, label)):
-        text = str(int(text)) if text.isascii() and text.isdigit() and text not in names else text
-        text = others.get(text, text)
-        number = numbers.get(text, -1)
+        text = others.get(str(as_whole(text)), text)
+        number = as_whole(text)
+        if not 0 <= number < outputs:
+            number = names.index(text) if text in names else -1
         if number < 0:
             known = (
                 f", and their names {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
@@ -248,6 +248,11 @@ def read_classes(items: Items, encoder: Encoder, label: str, data: str | Path) -
             )
         found.append(number)
     return found
+
+
+def as_whole(text: str) -> int:
+    """-1 for what is no whole number."""
+    return int(text) if text.isascii() and text.isdigit() else -1
 
 
 def read_transcripts(items: Items, encoder: Encoder, label: str) -> list[str]:

@@ -19,6 +19,7 @@ from d2v_ds.data import Corpus
 from d2v_ds.modalities.audio.samples import AudioSamples
 from d2v_ds.modalities.build import build_model
 from d2v_ds.model.heads import HEAD, HeadConfig, build_head
+from d2v_ds.model.tuned import Task
 from d2v_ds.recipe import load_recipe
 from d2v_ds.tasks.evaluate import answers, evaluate, own_label, read_classes, read_transcripts, score_classes
 from d2v_ds.tasks.items import open_items
@@ -163,6 +164,18 @@ def test_classes_of_other_data_are_counted_as_the_head_counts_them(make, tmp_pat
     assert read("jihgfedcba", "json.digit") == digits, "names are those of another label"
     with pytest.raises(ValueError, match=r"label '1 \(x\)' of .* is no class of the model"):
         read("axcdefghij")
+
+
+@pytest.mark.parametrize(
+    ("names", "texts"),
+    [(("01", "00"), ("00", "01", "1")), (("2", "1"), ("2", "1", "0")), (("a", "b"), ("b", "01"))],
+)
+def test_labels_are_the_classes_that_training_takes_them_for(names, texts, monkeypatch):
+    """A whole number that the head has is that number, whatever the names."""
+    head = Task(head="image_classification", outputs=2, labels=names)
+    encoder = SimpleNamespace(head_config=head.head_config)
+    monkeypatch.setattr("d2v_ds.tasks.evaluate.read_labels", lambda items, label: texts)
+    assert read_classes(None, encoder, "cls", "nowhere") == [head.parse(text) for text in texts]
 
 
 def test_a_run_is_measured_by_what_it_learned(make):
