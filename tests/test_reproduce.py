@@ -80,3 +80,8 @@ def test_no_expected_value_stands_without_its_source():
         assert "not confirmed" in expected or re.search(r"\d\.\d", expected)
         marked = re.search(r"\[[APUC]\]", source) is not None
         assert marked == bool(re.search(r"\d\.\d|RoBERTa", expected)), (expected, source)
+
+
+def test_released_weights_have_the_names_under_which_they_are_published():
+    """As in the READMEs of fairseq's data2vec."""
+    assert set(re.findall(r"\w+\.pt\b", TEXT)) - {"FILE.pt"} == {"base_imagenet_ft.pt", "vox_pretrained.pt"}
