@@ -199,11 +199,11 @@ def test_kernels_move_the_bytes_that_their_docstring_says(name: str, interpreted
     if name == "final":
         read, written = read + word * elements, 2 * written
     if name == "long":  # K means and K deviations are written once, and read for every tile of time
-        block_t, _, _ = targets.tile_shape("instance", case.T, case.D)
+        block_t, _, _ = targets.tile_shape("instance", case.T, case.D, is_wide=False)
         statistics = 2 * word * case.B * case.K * case.D
         read, written = 2 * read + -(-case.T // block_t) * statistics, written + statistics
     if name == "masked":  # and where a position stands in each view's list, once for every tile of channels
-        _, block_d, _ = targets.tile_shape("instance", case.T, case.D)
+        _, block_d, _ = targets.tile_shape("instance", case.T, case.D, is_wide=False)
         rows = case.B * case.views
         read, written = read + -(-case.D // block_d) * 2 * rows * case.T, word * rows * (case.T // 3) * case.D
         read, written = (
@@ -282,6 +282,15 @@ def test_kernel_is_not_offered_where_it_would_be_wrong() -> None:
     assert make_targets([x_BTD, transposed_BTD]).shape == (2, 5, 7)
 
 
+def test_tiles_are_smaller_where_elements_are_read_one_by_one() -> None:
+    """By channels, by the stride of a token or by where a tensor begins."""
+    x_BTD = torch.zeros(2, 5, 64)
+    assert targets.is_wide([x_BTD, x_BTD[:, 1:]])
+    shifted_BTD = torch.zeros(2 * 5 * 64 + 1)[1:].view(2, 5, 64)
+    for layers in ([x_BTD[..., :63]], [torch.zeros(2, 5, 72)[..., :64]], [x_BTD, shifted_BTD]):
+        assert not targets.is_wide(layers)
+
+
 def test_module_works_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without the wheel has the reference."""
     monkeypatch.setitem(sys.modules, "triton", None)
@@ -334,6 +343,11 @@ COMPILED = [
     ("instance", 4096, 2048, 48, "bf16", True, False),
     ("instance", 4096, 768, 24, "fp32", True, True),
     ("layer", 1, 1, 2, "fp32", False, False),
+    # channels that no 16 bytes hold: read one by one
+    ("instance", 37, 769, 10, "fp32", True, True),
+    ("instance", 196, 769, 10, "bf16", False, False),
+    ("instance", 999, 100, 8, "fp32", True, True),
+    ("instance", 4093, 769, 2, "fp32", True, False),
 ]
 
 
@@ -364,7 +378,7 @@ def compile_kernel(
     has_ranks: bool,
     capability: int,
 ) -> Compiled:
-    block_t, block_d, num_warps = targets.tile_shape(norm, T, D)
+    block_t, block_d, num_warps = targets.tile_shape(norm, T, D, is_wide=D % 16 == 0)
     is_long = norm == "instance" and T > targets.MAX_TOKENS_IN_TILE
     kernel = targets._long_instance_mean_kernel if is_long else targets._norm_mean_kernel
     constants = {
