@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from shards.writer import write_bytes
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 MASK = "<mask>"
+ADDED = re.compile(r"<.*>|\[.*\]|madeupword\d+")
+"""Pieces of a released vocabulary that no rule makes."""
 KINDS = ("bpe", "unigram")
 VOCABULARY = 32000
 LINES = 2_000_000
@@ -186,11 +190,14 @@ def run_import(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"--out {arguments.out} must be called tokenizer.json, as everything that reads it expects"
         )
-    content = import_vocabulary(arguments.folder)
-    write_file(arguments.out, content.encode())
+    content = import_vocabulary(arguments.folder).encode()
     from d2v_ds.modalities.text.tokenizer import load_tokenizer
 
-    pieces = load_tokenizer(content.encode(), 1 << 31, arguments.out).num_pieces
+    tokenizer = load_tokenizer(content, 1 << 31, arguments.folder)
+    pieces = tokenizer.num_pieces
+    write_file(arguments.out, content)
+    if tokenizer.num_unknown:
+        print(f"{tokenizer.num_unknown} pieces, which the dictionary lacks, are read as <unk>")
     print(f"wrote {arguments.out}; set modalities.text.data.tokenizer={arguments.out}, and")
     print(f"modalities.text.vocabulary={pieces + 1}: {pieces} ids of texts, and <mask> last")
     return 0
@@ -228,9 +235,23 @@ def read_pieces(path: Path) -> dict[str, int]:
         pieces = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(pieces, dict) or not all(isinstance(i, int) for i in pieces.values()):
+    if not isinstance(pieces, dict) or not all(type(i) is int for i in pieces.values()):
         raise ValueError(f"{path} must be an object of pieces and their numbers")
+    counts = Counter(pieces.values())
+    for piece, number in pieces.items():
+        if counts[number] > 1 or not 0 <= number < 1 << 32:
+            raise ValueError(
+                f"{path}: {piece!r} has the number {number}; each piece must have one of its own, from 0 to "
+                f"{(1 << 32) - 1}: get it again"
+            )
     return pieces
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); get it again") from error
 
 
 def number_pieces(pieces: dict[str, int], path: Path) -> dict[str, int]:
@@ -240,7 +261,7 @@ def number_pieces(pieces: dict[str, int], path: Path) -> dict[str, int]:
     """
     names = {number: piece for piece, number in pieces.items()}
     ids = {name: place for place, name in enumerate(SPECIAL)}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         word = line.split(" ")[0]
         if not line.strip():
             continue
@@ -261,13 +282,20 @@ def number_pieces(pieces: dict[str, int], path: Path) -> dict[str, int]:
 def read_merges(path: Path, ids: dict[str, int]) -> list[tuple[str, str]]:
     """The rules of a BPE, most frequent first: `first second` a line, after one that begins with #version."""
     merges = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip() or number == 1 and line.startswith("#version"):
             continue
         parts = line.split(" ")
         if len(parts) != 2 or not {*parts, "".join(parts)} <= ids.keys():
             raise ValueError(f"{path}: line {number}, {line!r}, is no pair of pieces of the vocabulary")
         merges.append((parts[0], parts[1]))
+    made = {first + second for first, second in merges}
+    lost = [piece for piece in ids if len(piece) > 1 and piece not in made and not ADDED.fullmatch(piece)]
+    if lost:
+        raise ValueError(
+            f"{path} has no rule that makes {len(lost)} pieces of the vocabulary, such as {lost[0]!r}: it is cut; get "
+            "it again"
+        )
     return merges
 
 

@@ -118,6 +118,20 @@ def test_pieces_that_the_dictionary_lacks_are_unknown(released, tmp_path):
     assert less.num_pieces == len(words) + 4 - 1
 
 
+def test_a_mask_before_the_pieces_is_refused_and_nothing_written(released, tmp_path, capsys):
+    """As tutorials of tokenizers number it, or of a dictionary that is cut: every piece was read as <unk>."""
+    pieces = ["<mask>", *json.loads((released / "encoder.json").read_text())]
+    ids = {piece: number for number, piece in enumerate([*SPECIAL, *pieces])}
+    merges = (released / "vocab.bpe").read_text()
+    early = write_tree(tmp_path / "early", {"vocab.json": json.dumps(ids), "merges.txt": merges})
+    files = {name: (released / name).read_bytes() for name in ("encoder.json", "vocab.bpe", "dict.txt")}
+    files["dict.txt"] = files["dict.txt"][:200].rpartition(b"\n")[0]
+    for folder in (early, write_tree(tmp_path / "cut", files)):
+        assert main(["import", str(folder), "--out", str(tmp_path / "out/tokenizer.json")]) == 2
+        assert "<mask> must be the last" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tokenizer_json_and_vocab_json_with_merges_are_taken(released, tmp_path):
     """As Hugging Face's folders of RoBERTa have them; the same ids."""
     ours = make(released, tmp_path)
@@ -187,9 +201,15 @@ def test_a_run_and_a_folder_for_transformers_have_it_too(released, tmp_path):
     [
         ({"dict.txt": None}, "needed are encoder.json, vocab.bpe and dict.txt"),
         ({"vocab.bpe": "#version: 0.2\nno such\n"}, "line 2, 'no such', is no pair of pieces"),
+        ({"vocab.bpe": "#version: 0.2\n"}, "vocab.bpe has no rule that makes .* it is cut"),
+        ({"vocab.bpe": b"\xff \xfe\n"}, "vocab.bpe is not UTF-8"),
+        ({"dict.txt": b"\xff 1\n"}, "dict.txt is not UTF-8"),
         ({"dict.txt": "99999 1\n"}, "line 1 is piece 99999, which encoder.json lacks"),
         ({"dict.txt": "7 1\n7 1\n"}, "line 2 comes a second time"),
         ({"encoder.json": "[1]"}, "must be an object of pieces"),
+        ({"encoder.json": '{"a": 1, "b": 1}'}, "'a' has the number 1; each piece must have one of its own"),
+        ({"encoder.json": '{"a": -1}'}, "'a' has the number -1"),
+        ({"encoder.json": '{"a": true}'}, "must be an object of pieces"),
         ({"encoder.json": "{"}, "is no JSON"),
         ({"tokenizer.json": "{}"}, "is no tokenizer.json"),
     ],

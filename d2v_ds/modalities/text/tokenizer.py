@@ -58,6 +58,7 @@ class JsonTokenizer:
         mask = tokenizer.token_to_id(MASK)
         self.num_pieces = tokenizer.get_vocab_size() if mask is None else mask
         """The ids that a text can have: those before <mask>."""
+        self.num_unknown = 0 if mask is None else max(0, tokenizer.get_vocab_size() - 1 - mask)
 
     @classmethod
     def read(cls, model: bytes, path: Path) -> JsonTokenizer:
@@ -76,7 +77,14 @@ class JsonTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # as text
-        return cls(tokenizer)
+        made = cls(tokenizer)
+        if made.num_unknown > made.num_pieces:
+            raise ValueError(
+                f"{path}: the id of {MASK} is {made.num_pieces}, and {made.num_unknown} pieces beyond it would be read "
+                f"as <unk>; {MASK} must be the last: make one of whole encoder.json, vocab.bpe and dict.txt with "
+                "`d2v tokenizer import`"
+            )
+        return made
 
     def encode(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
