@@ -65,6 +65,10 @@ def iterate(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
                 )
             for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
                 yield from batch.to_pylist()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} holds a text that is not UTF-8 ({error}); correct it, or get it again"
+        ) from error
     except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the disk's
             raise

@@ -93,7 +93,16 @@ def run_train(arguments: argparse.Namespace) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     corpus = Corpus.open(expand_shards(arguments.shards), {"text": arguments.fields})
     drawn = Drawn(corpus, arguments.lines, arguments.seed)
-    model = train_sentencepiece(drawn, arguments.kind, arguments.vocabulary, arguments.threads)
+    try:
+        model = train_sentencepiece(drawn, arguments.kind, arguments.vocabulary, arguments.threads)
+    except ValueError:
+        if drawn.lines:
+            raise
+        why = f"{drawn.unreadable} are unreadable, one of them: {drawn.example}; " if drawn.unreadable else ""
+        raise ValueError(
+            f"{' '.join(arguments.shards)} holds no line of text in {drawn.documents + drawn.unreadable} documents; "
+            f"{why}name shards with texts, or their members by --fields"
+        ) from None
     write_file(arguments.out, model)
     print(f"learned from {drawn.lines} lines of {drawn.documents} documents, of {len(corpus)} that there are")
     if drawn.unreadable:

@@ -81,6 +81,12 @@ def test_parquet_files_are_taken(tmp_path):
     parquet.write_table(pyarrow.table({"text": [5]}), tmp_path / "numbers/a.parquet")
     status, said = prepare("openwebtext", tmp_path / "numbers", "--out", tmp_path / "two")
     assert status == 2 and "its column text holds 5, which is no text" in said
+    broken = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, *map(pyarrow.py_buffer, (bytes(4) + b"\2\0\0\0", b"\xff\x80"))]
+    )
+    parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "numbers/a.parquet")
+    status, said = prepare("openwebtext", tmp_path / "numbers", "--out", tmp_path / "two")
+    assert status == 2 and "numbers/a.parquet holds a text that is not UTF-8" in said
 
 
 def test_parquet_files_of_one_name_in_two_folders_are_both_kept(tmp_path):

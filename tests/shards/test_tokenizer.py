@@ -299,6 +299,14 @@ def test_what_cannot_be_trained_or_written_is_refused_before_anything_is_read(
     assert message in capsys.readouterr().err
 
 
+def test_shards_without_a_line_are_said(tmp_path, capsys):
+    """And not to be mended by --vocabulary."""
+    write_tar(tmp_path / "a.tar", {"0.txt": " \n", "1.txt": b"\xff"})
+    assert main(["train", str(tmp_path / "a.tar"), "--out", str(tmp_path / "a")]) == 2
+    error = capsys.readouterr().err
+    assert "a.tar holds no line of text in 2 documents; 1 are unreadable, one of them: a.tar:1: " in error
+
+
 def test_too_large_a_vocabulary_is_said_in_one_line(shards, tmp_path, capsys):
     assert main(["train", str(shards), "--out", str(tmp_path / "a"), "--vocabulary", "90000"]) == 2
     error = capsys.readouterr().err
