@@ -75,15 +75,20 @@ def iterate(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path} is damaged or no parquet file: {error}; get it again") from error
 
 
-def class_names(path: Path, column: str) -> list[str] | None:
-    """Those that Hugging Face's `datasets` wrote into a file's schema."""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import read_schema
+def read_schema(path: Path) -> Any:
+    from pyarrow import ArrowException, parquet
 
     try:
-        metadata = read_schema(path).metadata or {}
-    except ArrowException as error:
+        return parquet.read_schema(path)
+    except (ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
         raise ValueError(f"{path} is damaged or no parquet file: {error}; get it again") from error
+
+
+def class_names(path: Path, column: str) -> list[str] | None:
+    """Those that Hugging Face's `datasets` wrote into a file's schema."""
+    metadata = read_schema(path).metadata or {}
     try:
         return list(json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"])
     except (ValueError, LookupError, TypeError):  # none, or of another form

@@ -49,13 +49,9 @@ def column_names(path: Path, names: list[str] | None = None) -> list[str]:
     if kind in (".jsonl", ".parquet") and names is not None:
         raise ValueError(f"{path} names its columns itself; leave --columns out")
     if kind == ".parquet":
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_schema
+        from shards.parquet import read_schema
 
-        try:
-            return list(read_schema(path).names)
-        except ArrowException as error:
-            raise ValueError(f"{path} is damaged or no parquet file: {error}; get it again") from error
+        return list(read_schema(path).names)
     first = next(iter(_read_json(path) if kind == ".jsonl" else _read_fields(path)), None)
     if first is None:
         raise ValueError(f"{path} is empty")

@@ -218,11 +218,13 @@ def test_parquet_files_of_hugging_face_are_taken(tmp_path):
 
 
 def test_a_damaged_parquet_file_is_refused(tmp_path):
-    """Cut, or overwritten in its pages."""
+    """Cut, or overwritten in its pages, or in its footer."""
     write_tables(tmp_path / "src")
     path = tmp_path / "src/train-00000-of-00002.parquet"
     whole = path.read_bytes()
-    for content in (whole[:-100], whole[:40] + bytes(500) + whole[540:]):
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    broken = whole[:footer] + b"\xff" * 20 + whole[footer + 20 :]
+    for content in (whole[:-100], whole[:40] + bytes(500) + whole[540:], broken):
         path.write_bytes(content)
         status, said = prepare("imagenet", tmp_path / "src", "--out", tmp_path / "out")
         assert status == 2 and f"{path} is damaged or no parquet file" in said, said
