@@ -17,7 +17,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/pretrain.sh"
 [ -n "${INIT:-}" ] || fail "set INIT to the pre-trained weights: a run folder, an export, a .pt or a Hugging Face folder"
 
 data="${DATA:-shards/librispeech}"
+settings=("${RECIPE:-finetune_audio_base_100h}" "data=$data" "init=$INIT"
+    "modalities.audio.data.shards=${TRAIN:-*train-clean-100*.tar}" "task.test=${TEST:-*dev-clean*.tar}"
+    task.test_every=2000 "$@")
+check "${settings[@]}"
 prepare_speech "$data"
-train "${RECIPE:-finetune_audio_base_100h}" "data=$data" "init=$INIT" \
-    "modalities.audio.data.shards=${TRAIN:-*train-clean-100*.tar}" "task.test=${TEST:-*dev-clean*.tar}" \
-    task.test_every=2000 "$@"
+train "${settings[@]}"

@@ -1,5 +1,6 @@
 # Sourced by the pretrain_*.sh scripts, after their settings: prepares shards that are absent, then trains.
-# Their headers say which variables they take; `prepare_*` run `d2v prepare`, `train` runs train.py in place of the shell.
+# Their headers say which variables they take; `check` looks at the settings of the run before hours go into its data,
+# `prepare_*` run `d2v prepare`, `train` runs train.py in place of the shell.
 
 case "${1:-}" in -h | --help)
     sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0"
@@ -47,34 +48,47 @@ prepare_speech() { # SPEECH: archives that are there, else they are downloaded; 
     fetched librispeech ${SPEECH:+"$SPEECH"} --out "$1" ${parts[0]:+--parts "${parts[@]}"}
 }
 
-prepare_text() { # TEXT: archives that are there, else they are downloaded; $1: where shards go
-    if absent "$1"; then fetched openwebtext ${TEXT:+"$TEXT"} --out "$1" ${VAL:+--val "$VAL"}; fi
+set_text() { # $1: where shards of text lie; sets `text` to the key=value of the tokenizer
     [[ "$1" != *://* || -n "${TOKENIZER:-}" ]] ||
         fail "DATA=$1 is a URL; set TOKENIZER to the file of its tokenizer, or to one that is to be written"
     tokenizer="${TOKENIZER:-$1/sentencepiece.model}"
-    [ -f "$tokenizer" ] ||
-        d2v tokenizer train "$1"/*train*.tar --out "$tokenizer" --vocabulary "${VOCABULARY:-32000}"
     text=("modalities.text.data.tokenizer=$tokenizer")
     if [ -z "${TOKENIZER:-}" ] || [ -n "${VOCABULARY:-}" ]; then
         text+=("modalities.text.vocabulary=${VOCABULARY:-32000}")
     fi
 }
 
-train() { # RECIPE and more key=value
-    local recipe="$1" gpus="${NUM_GPUS:-}"
-    shift
+prepare_text() { # TEXT: archives that are there, else they are downloaded; $1: where shards go
+    if absent "$1"; then fetched openwebtext ${TEXT:+"$TEXT"} --out "$1" ${VAL:+--val "$VAL"}; fi
+    [ -f "$tokenizer" ] ||
+        d2v tokenizer train "$1"/*train*.tar --out "$tokenizer" --vocabulary "${VOCABULARY:-32000}"
+}
+
+set_arguments() { # RECIPE and more key=value; sets `gpus`, `devices` and the `arguments` of train.py
+    gpus="${NUM_GPUS:-}" devices=()
     [ -n "$gpus" ] || gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
-    [[ "$gpus" =~ ^[0-9]+$ ]] || fail "NUM_GPUS=$gpus must be a whole number, 0 for the CPU"
-    local arguments=(--deepspeed "${DEEPSPEED:-zero2}" --recipe "$recipe" ${OUT:+"out=$OUT"} "$@")
+    [[ "$gpus" =~ ^(0|[1-9][0-9]*)$ ]] || fail "NUM_GPUS=$gpus must be a whole number, 0 for the CPU"
+    arguments=(--deepspeed "${DEEPSPEED:-zero2}" --recipe "$1" ${OUT:+"out=$OUT"} "${@:2}")
     if [ "$gpus" = 0 ]; then
         export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
-        exec python train.py "${arguments[@]}"
-    fi
-    local places=(--num_accelerators "$gpus") devices
-    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # which deepspeed ignores beside a number
+    elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
         IFS=, read -ra devices <<< "$CUDA_VISIBLE_DEVICES"
         [ "$gpus" -le "${#devices[@]}" ] ||
             fail "NUM_GPUS=$gpus, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names ${#devices[@]}"
+    fi
+}
+
+check() { # as train
+    set_arguments "$@"
+    python -c 'import sys; from d2v_ds.training.run import check; sys.exit(check(int(sys.argv[1]), sys.argv[2:]))' \
+        "$((gpus > 1 ? gpus : 1))" "${arguments[@]}"
+}
+
+train() { # RECIPE and more key=value
+    set_arguments "$@"
+    [ "$gpus" != 0 ] || exec python train.py "${arguments[@]}"
+    local places=(--num_accelerators "$gpus")
+    if [ "${#devices[@]}" -gt 0 ]; then # which deepspeed ignores beside a number
         if [[ "$CUDA_VISIBLE_DEVICES" == *[!0-9,]* ]]; then # GPU-... or MIG-..., of which deepspeed takes none
             exec python -m torch.distributed.run --standalone --nproc_per_node "$gpus" train.py "${arguments[@]}"
         fi

@@ -17,5 +17,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/pretrain.sh"
 
 data="${DATA:-shards/imagenet}"
+settings=("${RECIPE:-image_base}" "data=$data" "$@")
+check "${settings[@]}"
 prepare_images "$data"
-train "${RECIPE:-image_base}" "data=$data" "$@"
+train "${settings[@]}"

@@ -18,7 +18,10 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/pretrain.sh"
 
 data="${DATA:-shards}"
+set_text "$data/openwebtext"
+settings=("${RECIPE:-multimodal_base}" "data=$data" "${text[@]}" "$@")
+check "${settings[@]}"
 prepare_images "$data/imagenet"
 prepare_speech "$data/librispeech"
 prepare_text "$data/openwebtext"
-train "${RECIPE:-multimodal_base}" "data=$data" "${text[@]}" "$@"
+train "${settings[@]}"

@@ -19,5 +19,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/pretrain.sh"
 
 data="${DATA:-shards/librispeech}"
+settings=("${RECIPE:-audio_base}" "data=$data" "$@")
+check "${settings[@]}"
 prepare_speech "$data"
-train "${RECIPE:-audio_base}" "data=$data" "$@"
+train "${settings[@]}"

@@ -20,5 +20,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/pretrain.sh"
 
 data="${DATA:-shards/openwebtext}"
+set_text "$data"
+settings=("${RECIPE:-text_base}" "data=$data" "${text[@]}" "$@")
+check "${settings[@]}"
 prepare_text "$data"
-train "${RECIPE:-text_base}" "data=$data" "${text[@]}" "$@"
+train "${settings[@]}"

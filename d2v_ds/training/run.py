@@ -257,6 +257,26 @@ def train_recipe(recipe: Recipe, deepspeed: str | None, given: Sequence[str] = (
 
 def train_until_asked(recipe: Recipe, deepspeed: str | None, given: Sequence[str], signals: Signals) -> Path:
     rank, world = prepare_environment()
+    ds_config = check_settings(recipe, deepspeed, world)
+    device = start_distributed(world, recipe.train.timeout_minutes, recipe.folder)
+    agree(settings(recipe))
+    with alone(recipe.folder, rank):
+        return train_alone(recipe, ds_config, device, rank, world, given, signals)
+
+
+def check(ranks: int, argv: list[str]) -> int:
+    """Whether a run of this command could begin, before its data is there; the exit code. `scripts/pretrain.sh`'s."""
+    try:
+        arguments = parse_arguments(argv, "train.py")
+        check_settings(load_recipe(arguments.recipe, arguments.overrides), arguments.deepspeed, ranks)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    return 0
+
+
+def check_settings(recipe: Recipe, deepspeed: str | None, world: int) -> dict[str, Any]:
+    """DeepSpeed's config, resolved; ValueError for what no run can have."""
     if recipe.folder.exists() and not recipe.folder.is_dir():
         raise ValueError(f"out={recipe.folder} is a file, must be a folder for the run; set another out=")
     config_path = find_config(deepspeed)
@@ -273,10 +293,7 @@ def train_until_asked(recipe: Recipe, deepspeed: str | None, given: Sequence[str
     )
     check_ranks(recipe, world)
     checkpoints.refuse_links(recipe.folder)
-    device = start_distributed(world, recipe.train.timeout_minutes, recipe.folder)
-    agree(settings(recipe))
-    with alone(recipe.folder, rank):
-        return train_alone(recipe, ds_config, device, rank, world, given, signals)
+    return ds_config
 
 
 def train_alone(

@@ -15,6 +15,8 @@ from runs import environment
 from server import Manners, serve
 from trees import write_tree
 
+from d2v_ds.training.run import check
+
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("pretrain_*.sh"))
 SMALL = [
     "train.steps=2",
@@ -47,7 +49,7 @@ def settings(names: list[str]) -> list[str]:
 
 def run(script: str, *arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = environment(D2V_VENV="none", NUM_GPUS="0", PATH=path, **variables)
+    env = environment(**{"D2V_VENV": "none", "NUM_GPUS": "0", "PATH": path} | variables)
     command = ["bash", str(ROOT / "scripts" / script), *arguments]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
 
@@ -61,10 +63,36 @@ def test_help_is_the_header_and_starts_nothing(script):
 
 
 def test_images_that_are_not_there_are_asked_for(tmp_path):
-    done = run("pretrain_image.sh", DATA=str(tmp_path / "none"))
-    assert done.returncode == 1 and "set IMAGES to" in done.stderr
-    done = run("pretrain_image.sh", DATA=str(tmp_path / "none"), IMAGES="nowhere", cwd=tmp_path)
-    assert done.returncode == 1 and f"IMAGES={tmp_path}/nowhere is not there" in done.stderr
+    said = commands(tmp_path, "pretrain_image.sh", DATA="none")
+    assert "set IMAGES to" in said[1]
+    said = commands(tmp_path, "pretrain_image.sh", DATA="none", IMAGES="nowhere")
+    assert said[1:] == [f"error: IMAGES={tmp_path}/nowhere is not there"]
+
+
+def test_settings_that_no_run_can_have_are_told_before_data_is_prepared(tmp_path, capsys):
+    """They are those that training would get."""
+    done = run(
+        "pretrain_speech.sh", "train.stepz=2", cwd=tmp_path, DATA="shards", MIRROR="http://127.0.0.1:9"
+    )
+    assert done.returncode == 2 and "unknown key 'train.stepz'" in done.stderr
+    assert not any(tmp_path.iterdir())
+    for script in SCRIPTS:
+        first, *_, last = commands(tmp_path, script, "seed=3", DATA="shards", IMAGES=".", DEEPSPEED="zero1")
+        checked, trained = (line.partition(" --deepspeed ") for line in (first, last))
+        assert "import check" in checked[0] and checked[0].endswith(" 2") and checked[2] == trained[2]
+    recipe = ["--recipe", "audio_tiny"]
+    for ranks, more, message in (
+        (5, [], "micro_batches=1 does not divide among 5 ranks"),
+        (1, ["--deepspeed", "zero9"], "DeepSpeed config 'zero9' is neither"),
+        (1, [f"out={tmp_path}/log"], "is a file, must be a folder"),
+    ):
+        assert check(ranks, [*recipe, *more]) == 2 and message in capsys.readouterr().err
+    assert check(1, [*recipe, f"out={tmp_path}/run"]) == 0 and not (tmp_path / "run").exists()
+
+
+def test_a_number_of_gpus_that_is_none_is_told_before_all(tmp_path):
+    said = commands(tmp_path, "pretrain_speech.sh", NUM_GPUS="two")
+    assert said == ["error: NUM_GPUS=two must be a whole number, 0 for the CPU"]
 
 
 def commands(tmp_path: Path, script: str, *arguments: str, **variables: str) -> list[str]:
@@ -136,7 +164,7 @@ def test_paths_are_those_of_the_caller_whatever_they_are_called(tmp_path):
     """A folder with brackets is no pattern; the virtual environment and a DeepSpeed file may be relative, too."""
     write_tree(tmp_path, {"a[1] b/x-train-0.tar": "", "ds.json": "{}"})
     variables = {"DATA": "a[1] b", "DEEPSPEED": "ds.json", "CUDA_VISIBLE_DEVICES": ""}
-    first, last = commands(tmp_path, "pretrain_text.sh", **variables)
+    _, first, last = commands(tmp_path, "pretrain_text.sh", **variables)
     assert first.startswith(f"bin/d2v tokenizer train {tmp_path}/a[1] b/x-train-0.tar --out")
     assert last.startswith(f"bin/deepspeed --num_accelerators 2 train.py --deepspeed {tmp_path}/ds.json")
     said = commands(tmp_path, "pretrain_image.sh", D2V_VENV="v", NUM_GPUS="0", DATA="a[1] b")
