@@ -34,8 +34,13 @@ class _Part:
         return sum(index.size for index in self.indexes)
 
     @property
-    def is_remote(self) -> bool:
-        return any(index.remote for index in self.indexes)
+    def remote(self) -> list[ShardIndex]:
+        return [index for index in self.indexes if index.remote]
+
+    @property
+    def fetched(self) -> int:
+        """Bytes of its remote shards; others need no room."""
+        return sum(index.size for index in self.remote)
 
     @property
     def two(self) -> int:
@@ -67,14 +72,14 @@ def windows_of(sources: list[Source]) -> dict[str, int]:
 
 def check_room(sources: list[Source]) -> None:
     """ValueError if the remote shards that are drawn from at a time do not fit the cache."""
-    parts = [part for source in sources for part in _parts(source) if part.is_remote]
+    parts = [part for source in sources for part in _parts(source) if part.remote]
     if not parts:
         return
     remote, needed = _cache_of(parts), _at_hand(parts, windows_of(sources))
     if needed <= remote.limit or remote.settings.refetch:
         return
     what = [
-        f"{part.share.name} {_gb(part.total)}"
+        f"{part.share.name} {_gb(part.fetched)}"
         + (f" in windows of {_gb(part.share.windows.limit)}" if part.share.windows else " as a whole")
         for part in parts
     ]
@@ -106,14 +111,14 @@ def _choose(parts: list[_Part]) -> dict[str, int]:
         if not isinstance(p.source.window, str)
     }
     limits = {p.share.name: asked[p.share.name] for p in parts if asked.get(p.share.name, p.total) < p.total}
-    remote = [part for part in parts if part.is_remote]
+    remote = [part for part in parts if part.remote]
     if not remote or _at_hand(remote, limits) <= _cache_of(remote).limit:
         return limits
-    auto = sorted((p for p in remote if p.source.window == "auto"), key=lambda part: part.total)
+    auto = sorted((p for p in remote if p.source.window == "auto"), key=lambda part: part.fetched)
     cache = _cache_of(remote).limit
     room = cache - _at_hand([p for p in remote if p.source.window != "auto"], limits)
-    while auto and auto[0].total <= room / len(auto):  # small ones stay whole
-        room -= auto.pop(0).total
+    while auto and auto[0].fetched <= room / len(auto):  # small ones stay whole
+        room -= auto.pop(0).fetched
     for part in auto:
         limits[part.share.name] = window = max(room, 0) // (2 * len(auto))
         if window < part.two:
@@ -147,14 +152,15 @@ def _with_windows(part: _Part, limit: int | None) -> Share:
 
 
 def _cache_of(remote: list[_Part]) -> RemoteShard:
-    return next(index.remote for part in remote for index in part.indexes if index.remote)
+    return next(index.remote for part in remote for index in part.remote)
 
 
 def _at_hand(parts: list[_Part], limits: Mapping[str, int]) -> int:
-    """Bytes that are needed at a time: two windows; of what has none all shards, those that several use once."""
-    whole = {index.path: index.size for p in parts if p.share.name not in limits for index in p.indexes}
+    """Bytes of the cache that are needed at a time: two windows; of what has none all remote shards, those that several
+    use once."""
+    whole = {index.path: index.size for p in parts if p.share.name not in limits for index in p.remote}
     return sum(whole.values()) + sum(
-        min(2 * limits[p.share.name], p.total) for p in parts if p.share.name in limits
+        min(2 * limits[p.share.name], p.fetched) for p in parts if p.share.name in limits
     )
 
 

@@ -217,6 +217,17 @@ def test_windows_are_chosen_once_and_are_part_of_what_a_run_knows_of_its_data(lo
         open_local(local, room_of(local, 1.9))
 
 
+def test_local_shards_beside_remote_ones_need_no_room(local, site, tmp_path):
+    """They counted as if they were fetched: the run was cut into windows, or refused."""
+    with serve(site) as url:
+        here, settings = local[0].parent, settings_of(tmp_path, cache_gib=room_of(local, 2.5))
+        corpus = open_corpus(f"{here}/train-0000{{00..17}}.tar::{url}/train-0000{{18..19}}.tar", settings)
+        for window in ("auto", "whole"):
+            assert windows_of(sources_of(corpus, window)) == {}
+        read = in_order([load(sources_of(corpus), 0, 3)])
+    assert read == in_order([load(open_local(local, "whole"), 0, 3)])
+
+
 def test_small_corpora_stay_whole_and_large_ones_share_the_room(local, site, tmp_path):
     """Of 10 shards of cache 2 are the small one's; two windows of each of the others take 4."""
     with serve(site) as url:
