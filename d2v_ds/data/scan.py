@@ -154,10 +154,16 @@ def _check_start(path: Path | str, file: BinaryIO, size: int) -> None:
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
             raise ValueError(f"{path} is compressed ({name}); shards are plain tar: decompress it first")
+    if b"\0" not in start and start.partition(b"\n")[0].rstrip().endswith(b".tar"):
+        raise ValueError(
+            f"{path} lists shards and is none; give their folder, a pattern, or their names joined by ::"
+        )
     if size < _BLOCK:
         raise ValueError(f"{path} is truncated at byte {size} before any sample; {_REMEDY}")
     if not any(start):
-        raise ValueError(f"{path} holds no sample: its first header is empty; {_REMEDY}")
+        raise ValueError(
+            f"{path} holds no sample: its first header is empty; {_REMEDY}, or leave it out if it never held any"
+        )
 
 
 def _check_member(scan: Scan, member: tarfile.TarInfo, size: int) -> None:

@@ -117,7 +117,11 @@ def test_a_tar_without_samples_is_an_error(tmp_path: Path) -> None:
     names = ["README", ".hidden.jpg", "__meta__/a.json"]
     write_tar(tmp_path / "names.tar", [(name, b"x") for name in names])
     (tmp_path / "zero.tar").write_bytes(b"")
-    for name, message in [("empty", "no sample"), ("names", "no sample"), ("zero", "truncated at byte 0")]:
+    for name, message in [
+        ("empty", "no sample.* or leave it out"),
+        ("names", "no sample"),
+        ("zero", "truncated at byte 0"),
+    ]:
         with pytest.raises(ValueError, match=message):
             build_index(tmp_path / f"{name}.tar")
 
@@ -133,6 +137,13 @@ def test_a_file_that_is_no_tar_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"not a tar" * 1000)
     with pytest.raises(ValueError, match="before any sample"):
         build_index(tmp_path / "a.tar")
+
+
+def test_a_list_of_shards_is_told_from_a_truncated_one(tmp_path: Path) -> None:
+    """As WeNet's `data.list`."""
+    (tmp_path / "data.list").write_text("shards/a.tar\nshards/b.tar\n")
+    with pytest.raises(ValueError, match="data.list lists shards and is none; .* joined by ::"):
+        build_index(tmp_path / "data.list")
 
 
 @pytest.mark.parametrize(
