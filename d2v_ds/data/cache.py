@@ -111,7 +111,12 @@ def acquire(
     shard.make_folder()
     while True:
         if file := open_locked(shard.path):
-            return file
+            if size in (None, os.fstat(file.fileno()).st_size):
+                return file
+            file.close()
+            if not drop(shard):  # cut by a crash of the machine, and somebody reads it
+                time.sleep(_WAIT)
+            continue
         with locked(shard.folder / "lock"):
             if not shard.path.is_file():  # no other process fetched it meanwhile
                 with remote.reading(shard.settings):
@@ -200,6 +205,7 @@ def _fetch(
             if problem is None:
                 break
             log.warning("%s: %s (try %d of %d)", shard, problem, attempt, TRIES)
+        os.fsync(file.fileno())  # else what a crash of the machine leaves under its name may be zeros
         with locked(
             shard.root / "lock"
         ):  # or who adds up what lies there misses a file that changes its name

@@ -558,6 +558,16 @@ def test_what_a_killed_process_leaves_is_taken_over(site, tmp_path):
             assert os.pread(file.fileno(), 1 << 20, 0) == site.files["train-000000.tar"]
 
 
+@pytest.mark.parametrize("left", [0, 4000])
+def test_a_cached_shard_that_lost_its_end_is_fetched_again(local, site, tmp_path, left):
+    """As a machine that lost its power may leave one: good samples were quarantined."""
+    with serve(site) as url:
+        open_corpus(f"{url}/{NAMES}", settings_of(tmp_path))
+        os.truncate(cached(tmp_path)[2], left)
+        assert batches(open_corpus(f"{url}/{NAMES}", settings_of(tmp_path))) == local_batches(local)
+    assert len(site.asked) > SHARDS
+
+
 def test_what_is_needed_last_goes_first(site, tmp_path):
     root = tmp_path / "cache"
     with serve(site) as url:

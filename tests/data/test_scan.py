@@ -118,7 +118,7 @@ def test_a_tar_without_samples_is_an_error(tmp_path: Path) -> None:
     write_tar(tmp_path / "names.tar", [(name, b"x") for name in names])
     (tmp_path / "zero.tar").write_bytes(b"")
     for name, message in [
-        ("empty", "no sample.* or leave it out"),
+        ("empty", "or leave it out"),
         ("names", "no sample"),
         ("zero", "truncated at byte 0"),
     ]:
