@@ -30,7 +30,7 @@ from d2v_ds.tasks.embed import best_device
 from d2v_ds.tasks.groups import Ready, cut_batches, make_groups, prepare
 from d2v_ds.tasks.items import Items, open_items
 from d2v_ds.tasks.metrics import OF_NUMBERS, measure
-from d2v_ds.tasks.table import Bad, write_whole
+from d2v_ds.tasks.table import Bad, check_place, write_whole
 
 LABELS = {"classify": "cls;json.label", "ctc": "txt;json.text"}
 """Member or json key with the label of each kind, unless said otherwise, here or when the model was fine-tuned."""
@@ -87,6 +87,7 @@ def evaluate(
         if kind == "classify"
         else read_transcripts(items, encoder, label)
     )
+    check_place(out)
     unreadable: list[Bad] = []
     rows, places = answers(encoder, items, batch, workers, unreadable, decode)
     said = [(row, truths[i]) for row, i in zip(rows, places, strict=True)]

@@ -37,7 +37,7 @@ from d2v_ds.tasks.probe import (
     ridge,
 )
 from d2v_ds.tasks.readout import Tokens, Training, Vectors, readout
-from d2v_ds.tasks.table import Bad, write_whole
+from d2v_ds.tasks.table import Bad, check_place, write_whole
 
 KINDS = ("knn", "ridge", "linear", "attentive")
 TRAIN = ("*-train-[0-9]*.tar", "*train*.tar")
@@ -96,6 +96,7 @@ def evaluate_frozen(
             raise ValueError(f"--{name} {value} must be 1 or more")
     encoder = load(model, modality, weights, device=device or best_device())
     parts = open_parts(encoder, data, train, test, label or LABEL, samples)
+    check_place(out)
     training = Training(epochs=epochs, seed=seed)
     unreadable: list[Bad] = []
     rows = measure(kind, "model", encoder, parts, training, batch, unreadable, say)

@@ -19,7 +19,7 @@ from d2v_ds.tasks.embed import best_device
 from d2v_ds.tasks.evaluate import answers, check_head, own_label, read_truths
 from d2v_ds.tasks.items import open_items, paired
 from d2v_ds.tasks.metrics import OF_NUMBERS, check_metrics, measure
-from d2v_ds.tasks.table import Bad, write_whole
+from d2v_ds.tasks.table import Bad, check_place, write_whole
 
 GLUE: dict[str, tuple[str, ...]] = {
     "cola": ("matthews",),
@@ -72,6 +72,7 @@ def evaluate_glue(
             encoder.samples = paired(encoder.samples, shards)
         items = open_items(shards, "text", encoder.samples, label)
         opened.append((split, items, encoder.samples, read_truths(items, encoder, label, data)))
+    check_place(out)
     found: dict[str, dict[str, float]] = {}
     unreadable: list[Bad] = []
     count = 0

@@ -159,6 +159,22 @@ def write_whole(path: Path, content: bytes) -> None:
     replace(temporary, path)
 
 
+def check_place(out: str | Path | None) -> None:
+    """Makes the folder of a file that is written when all work is done; ValueError if it cannot be written there."""
+    if out is None:
+        return
+    path = Path(out)
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder; name a file in it")
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(b"")
+        temporary.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {path} cannot be written ({error.strerror}); name another place") from error
+
+
 def replace(temporary: Path, path: Path) -> None:
     """What was written is on the disk before it has its name."""
     with temporary.open("rb") as file:

@@ -69,7 +69,7 @@ def test_accuracy_is_that_of_the_models_own_predictions(make, val, tmp_path, cap
     truth = torch.tensor([int(sample["digit"]) for sample in samples])
     accuracy = (logits.argmax(1) == truth).double().mean().item()
     top5 = (logits.topk(5).indices == truth[:, None]).any(1).double().mean().item()
-    out = tmp_path / "eval.json"
+    out = tmp_path / "new" / "eval.json"
     command = ["eval", "classify", folder, VAL, "--label", "json.digit", "--batch", "7", "--out", str(out)]
     assert main(command) == 0
     found = json.loads(out.read_text())

@@ -86,7 +86,7 @@ def test_a_readout_is_the_same_each_time_and_leaves_random_states_alone():
 @pytest.mark.parametrize("kind", ["knn", "ridge", "linear", "attentive"])
 def test_every_kind_prints_a_table_and_writes_json(kind, model, tmp_path, capsys):
     modality = {"knn": "audio", "ridge": "text", "linear": "image", "attentive": "text"}[kind]
-    out = tmp_path / "found.json"
+    out = tmp_path / "new" / "found.json"
     options = ["--samples", 40, "--modality", modality, "--out", out, "--device", "cpu"]
     options += ["--epochs", 1] if kind in ("linear", "attentive") else ["--baselines"]
     shards = [option for key, name in SPOKEN.items() for option in (f"--{key}", name)]
@@ -116,6 +116,9 @@ def test_what_cannot_be_evaluated_is_an_error_that_says_why(model):
     assert "both name" in refused(train="multimodal-*.tar")
     assert "nowhere" in refused(data=Path("nowhere"))
     assert "must be 1 or more" in refused(samples=0)
+    assert "is a folder; name a file in it" in refused(out=SAMPLE)
+    file = SAMPLE / "README.md"
+    assert f"--out {file}/x.json cannot be written" in refused(out=file / "x.json")
 
 
 def test_pairs_of_texts_are_read_as_pairs(model, tmp_path):

@@ -81,7 +81,7 @@ def test_scores_are_those_of_the_models_own_predictions(make, shards, tmp_path, 
     two, number = make(2), make(1)
     texts, truth = pairs("mrpc", "val", 20)
     said = d2v_ds.load(two).predict(texts)
-    out = tmp_path / "mrpc.json"
+    out = tmp_path / "new" / "mrpc.json"
     assert main(["eval", "glue", two, str(shards / "mrpc"), "--out", str(out), "--batch", "7"]) == 0
     found = json.loads(out.read_text())
     accuracy = sum(a == b for a, b in zip(said, truth, strict=True)) / 20
