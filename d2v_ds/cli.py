@@ -376,8 +376,10 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
     paths = find_shards(arguments)
     say = None if arguments.json else print
-    is_whole = any(not Path(part).is_file() for text in arguments.shards for part in text.split("::"))
-    found = summary(reports := verify_shards(paths, arguments.workers, say, is_whole))
+    parts = [part for text in arguments.shards for part in text.split("::")]
+    is_whole = any(not Path(part).is_file() for part in parts)
+    folders = {part.rstrip("/") if "://" in part else str(Path(part).absolute()) for part in parts}
+    found = summary(reports := verify_shards(paths, arguments.workers, say, is_whole, folders))
     wrong = {
         "shards are not in order": found["bad_shards"],
         "shards are missing": found["missing_shards"],

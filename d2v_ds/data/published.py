@@ -83,15 +83,19 @@ def missing_shards(paths: list[Path]) -> list[Path]:
     return missing
 
 
-def lost_shards(folder: Folder, used: set[str]) -> dict[str, str]:
-    """Name -> who lists it, of shards that are not there, of splits whose others are all among `used`."""
+def lost_shards(folder: Folder, used: set[str], is_all: bool = False) -> dict[str, str]:
+    """Name -> who lists it, of shards that are not there, of splits whose others are all among `used`.
+
+    `is_all`: `used` are all tars of the folder, so splits of our manifest of which none is there are lost, too.
+    """
     lost: dict[str, str] = {}
     for source in ("manifest.json", "_info.json"):
         for split in _splits(folder.read, source):
             rows = (row.get("file") for row in _list(split, "shards") if isinstance(row, dict))
             names = {str(name) for name in (*rows, *_list(split, "filenames"))}
             others = sorted(names - used)
-            if names & used and not any(map(folder.has, others)):
+            is_asked_for = names & used or is_all and source == "manifest.json"
+            if is_asked_for and not any(map(folder.has, others)):
                 lost |= {name: source for name in others if name not in lost}
     return lost
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,10 @@ def verify_shards(
     workers: int | None = None,
     progress: Progress | None = print,
     is_whole: bool = True,
+    folders: Collection[str] = (),
 ) -> list[Report]:
     """One report for each shard, in their order, then one for each that is missing, unless some were named alone, and
-    one for each broken file that says what they hold."""
+    one for each broken file that says what they hold. Of `folders` all shards are among `paths`."""
     used: dict[Folder, set[str]] = {}
     for shard in paths:
         if folder := folder_of(shard):
@@ -62,7 +64,7 @@ def verify_shards(
     lost = [
         Report(f"{folder}/{name}", problems=[f"it is not there, but {source} lists it"], is_missing=True)
         for folder, names in used.items()
-        for name, source in (lost_shards(folder, names).items() if is_whole else ())
+        for name, source in (lost_shards(folder, names, str(folder) in folders).items() if is_whole else ())
     ]
     broken = [
         Report(f"{folder}/{name}", problems=[f"{why}, so shards are not compared with it"], is_shard=False)

@@ -149,6 +149,18 @@ def test_a_shard_that_is_listed_and_not_there_is_a_problem(shards, capsys, file)
     assert verify(capsys, shards[0])[0] == 0
 
 
+def test_a_split_of_the_manifest_that_is_not_there_is_a_problem(shards, capsys):
+    """Of which no shard is there; where the folder is named, not where a pattern names some of its shards."""
+    folder = shards[0].parent
+    splits = {"train": {"shards": [{"file": path.name} for path in shards]}}
+    splits["val"] = {"shards": [{"file": "val-000000.tar"}]}
+    (folder / "manifest.json").write_text(json.dumps({"splits": splits}))
+    code, found = verify(capsys, folder)
+    assert (code, found["shards"], found["bad_shards"], found["missing_shards"]) == (1, 3, 0, 1)
+    assert found["reports"][3]["shard"] == str(folder / "val-000000.tar")
+    assert verify(capsys, folder / "*.tar")[0] == 0
+
+
 @pytest.mark.parametrize("file", ["manifest.json", "_info.json"])
 def test_a_broken_file_of_what_shards_hold_is_named(shards, capsys, file):
     """It was taken for another tool's, and the shards for all in order. Lists of sounds as NeMo's are left alone."""
