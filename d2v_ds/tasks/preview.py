@@ -25,6 +25,8 @@ from d2v_ds.modalities.audio.samples import decode_sound, sound_size
 from d2v_ds.modalities.image.samples import MAX_PIXELS, UNDECODABLE, decode_image
 
 UNITS = {"image": "pixels a side (geometric mean)", "sound": "seconds", "text": "characters"}
+NAMED = {"image": "jpg jpeg png webp", "sound": "flac wav ogg opus mp3", "text": "txt"}
+"""What recipes take for an image, a sound or a text by its name."""
 COLUMNS = 4
 MAX_SHOWN = 300
 """Samples of a sheet: pictures have at most 65,535 rows of pixels, and a tile takes 208."""
@@ -85,6 +87,11 @@ def look(job: tuple[ShardIndex, list[int], set[int]]) -> list[dict[str, Any]]:
         try:
             for extension, content in reader.members(sample).items():
                 members[extension] = recognise(content, is_shown)
+                for kind, names in NAMED.items():
+                    if extension.lower() in names.split() and members[extension]["kind"] != kind:
+                        members[extension]["fault"] = (
+                            f".{extension} that is no {kind}: {members[extension]['what']}"
+                        )
         except CorruptSample as error:
             fault = error.reason
         found.append({"key": reader.key(sample), "members": members, "fault": fault, "is_shown": is_shown})
@@ -104,6 +111,13 @@ def _as_image(content: bytes, is_shown: bool) -> dict[str, Any] | None:
     try:
         with Image.open(io.BytesIO(content)) as image:
             width, height, what = *image.size, f"{image.format} {image.mode}"
+    except Image.DecompressionBombError:
+        return {
+            "kind": "image",
+            "length": math.nan,
+            "what": "image",
+            "fault": f"above the limit of {MAX_PIXELS} pixels",
+        }
     except (*UNDECODABLE, ValueError):
         return None
     found = {"kind": "image", "length": math.sqrt(width * height), "what": f"{what} {width}x{height}"}
@@ -144,7 +158,10 @@ def _as_text(content: bytes, is_shown: bool) -> dict[str, Any] | None:
         text = content[: error.start].decode()
     if any(ord(letter) < 32 and letter not in "\t\n\r\f" for letter in text[:1000]):
         return None
-    found = {"kind": "text", "length": len(text), "what": f"{len(text)} characters"}
+    length = int(
+        (np.frombuffer(content, np.int8) > -65).sum()
+    )  # all bytes but those that go on with a character
+    found = {"kind": "text", "length": length, "what": f"{length} characters"}
     try:
         value = json.loads(content) if text[:1] in "{[" else None
     except (ValueError, RecursionError):

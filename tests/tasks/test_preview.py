@@ -1,9 +1,11 @@
 """`d2v preview` counts members, knows what they are by their bytes, and draws some."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +82,34 @@ def test_what_rotted_is_told_in_text_and_picture(folder, tmp_path, capsys):
     )
     assert "fault: train-000000: its bytes differ from the index (crc32)" in capsys.readouterr().out
     assert (tmp_path / "a.png").is_file()
+
+
+def test_what_is_not_what_its_name_says_and_a_bomb_are_told(tmp_path, capsys):
+    """A picture that is cut in its header, a page of the web, other encodings; they had neither a line nor a tile."""
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(file, "PNG")
+    head = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + file.getvalue()[24:29]
+    bomb = file.getvalue()[:12] + head + zlib.crc32(head).to_bytes(4, "big") + file.getvalue()[33:]
+    members = {
+        "a.jpg": b"\xff\xd8\xff\xe0" + bytes(200),
+        "b.jpg": b"<html>gone</html>",
+        "c.txt": "caf\u00e9".encode("utf-16"),
+        "d.png": bomb,
+        "e.jpg": file.getvalue(),
+        "f.pth": bytes(range(256)),
+    }
+    write_tar(tmp_path / "a.tar", members)
+    found = preview(tmp_path, tmp_path / "a.png", capsys)
+    assert {fault["key"]: fault["reason"] for fault in found["faults"]} == {
+        "a": ".jpg that is no image: 204 bytes",
+        "b": ".jpg that is no image: 17 characters",
+        "c": ".txt that is no text: 10 bytes",
+        "d": "above the limit of 100000000 pixels",
+    }
+
+
+def test_a_long_text_has_all_its_characters():
+    assert recognise("\u00e9\U0001f600a".encode() * 600_000, False)["length"] == 1_800_000
 
 
 def test_names_that_are_no_utf8_are_said_and_drawn(tmp_path):
