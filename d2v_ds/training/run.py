@@ -269,6 +269,8 @@ def check(ranks: int, argv: list[str]) -> int:
     try:
         arguments = parse_arguments(argv, "train.py")
         check_settings(load_recipe(arguments.recipe, arguments.overrides), arguments.deepspeed, ranks)
+        if 0 < (gpus := torch.cuda.device_count()) < ranks:
+            raise ValueError(f"NUM_GPUS={ranks}, but this machine has {gpus}; set at most that")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE

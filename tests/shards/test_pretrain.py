@@ -69,7 +69,7 @@ def test_images_that_are_not_there_are_asked_for(tmp_path):
     assert said[1:] == [f"error: IMAGES={tmp_path}/nowhere is not there"]
 
 
-def test_settings_that_no_run_can_have_are_told_before_data_is_prepared(tmp_path, capsys):
+def test_settings_that_no_run_can_have_are_told_before_data_is_prepared(tmp_path, capsys, monkeypatch):
     """They are those that training would get."""
     done = run(
         "pretrain_speech.sh", "train.stepz=2", cwd=tmp_path, DATA="shards", MIRROR="http://127.0.0.1:9"
@@ -88,6 +88,9 @@ def test_settings_that_no_run_can_have_are_told_before_data_is_prepared(tmp_path
     ):
         assert check(ranks, [*recipe, *more]) == 2 and message in capsys.readouterr().err
     assert check(1, [*recipe, f"out={tmp_path}/run"]) == 0 and not (tmp_path / "run").exists()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert check(2, [*recipe, "modalities.audio.data.micro_batches=2", "precision=fp32"]) == 2
+    assert "NUM_GPUS=2, but this machine has 1" in capsys.readouterr().err
 
 
 def test_a_number_of_gpus_that_is_none_is_told_before_all(tmp_path):
