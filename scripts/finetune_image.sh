@@ -23,9 +23,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/pretrain.sh"
 
 dataset="${DATASET:-imagenet}" train="*train*.tar" test="*val*.tar" recipe=finetune_image_base
 data="${DATA:-shards/$dataset}"
+[ "$dataset" != digits ] ||
+    data="${DATA:-data/digits}" train="images-train-*.tar" test="images-test-*.tar" recipe=finetune_image_tiny
+check "${RECIPE:-$recipe}" "data=$data" ${INIT:+"init=$INIT"} "$@"
 case "$dataset" in
     digits)
-        data="${DATA:-data/digits}" train="images-train-*.tar" test="images-test-*.tar" recipe=finetune_image_tiny
         any "$data"/$test || python -m shards.sample --images-only --out "$data"
         ;;
     imagenet) prepare_images "$data" ;;
