@@ -239,8 +239,8 @@ def write_piece(file: Any, piece: bytes, part: Path) -> None:
 
 
 def length_of(headers: Any) -> int | None:
-    length = headers.get("Content-Length")
-    return int(length) if length is not None else None
+    length = headers.get("Content-Length", "")
+    return int(length) if re.fullmatch(r"[0-9]+", length) else None
 
 
 def total_of(headers: Any) -> int | None:

@@ -122,6 +122,11 @@ def test_a_mirror_stands_in(tmp_path):
         assert get("http://127.0.0.1:9", tmp_path / "away", MD5, address) == CONTENT
 
 
+def test_a_length_that_is_no_number_is_none():
+    assert [module.length_of({"Content-Length": text}) for text in ("12", "abc", "-1")] == [12, None, None]
+    assert module.length_of({}) is None
+
+
 def test_answers_that_pass_are_waited_for(tmp_path):
     manners = Manners({"x/a.bin": CONTENT}, errors=[503, 500, 429])
     with serve(manners) as address:
