@@ -332,6 +332,13 @@ def main() -> None:
         "--out", type=Path, help="JSON to write (default: docs/benchmarks/step_{cpu,gpu}.json)"
     )
     arguments = parser.parse_args()
+    for option in ("steps", "threads"):
+        if getattr(arguments, option) < 1:
+            parser.error(f"--{option} {getattr(arguments, option)} must be 1 or more")
+    cases = {f"{c.recipe}-{str(c.dtype).removeprefix('torch.')}": c for c in (CPU if arguments.cpu else GPU)}
+    chosen = {name: case for name, case in cases.items() if (arguments.only or "") in name}
+    if not chosen:
+        parser.error(f"--only {arguments.only} is part of no case; give a part of {', '.join(cases)}")
     if not arguments.cpu and not torch.cuda.is_available():
         raise SystemExit("error: no GPU is visible; give --cpu for the CPU's cases")
     if arguments.cpu:
@@ -341,10 +348,7 @@ def main() -> None:
     prepare_environment()
     device = start_distributed(1)
     rows = []
-    for case in CPU if arguments.cpu else GPU:
-        name = f"{case.recipe}-{str(case.dtype).removeprefix('torch.')}"
-        if arguments.only and arguments.only not in name:
-            continue
+    for name, case in chosen.items():
         if device.type == "cpu" and not cpu_multiplies("bf16" if case.dtype == torch.bfloat16 else "fp32"):
             print(f"{name:22} left out: this CPU has no matrix products in bf16", flush=True)
             continue

@@ -95,6 +95,29 @@ def test_a_step_with_wrong_kernels_is_not_timed(monkeypatch: pytest.MonkeyPatch)
         script.check(recipe, case, cpu)
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--steps=0", "--steps 0 must be 1 or more"),
+        ("--threads=0", "--threads 0 must be 1 or more"),
+        (
+            "--only=foo",
+            "--only foo is part of no case; give a part of image_base-float32, image_base-bfloat16",
+        ),
+    ],
+)
+def test_a_step_that_cannot_be_measured_is_refused_at_once(
+    option: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Before anything is measured, and no table is replaced by an empty one."""
+    script = load_script("bench_step")
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--cpu", option, "--out", str(tmp_path / "step.json")])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "step.json").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path):
     done = bench("--out", str(tmp_path / "out"))
