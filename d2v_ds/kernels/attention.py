@@ -173,6 +173,16 @@ def _draw_kept(seed, row, i, start, drop_below, BLOCK: tl.constexpr):
 
 
 @_jit
+def _locate(T, BLOCK: tl.constexpr):
+    """This program's tile of tokens, its row and head, and how many of those there are.
+
+    One axis of the grid, tiles of a head side by side: a second axis ends at 65,535, which rows x heads can pass.
+    """
+    tiles = tl.cdiv(T, BLOCK)
+    return tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.num_programs(0) // tiles
+
+
+@_jit
 def _forward_kernel(
     qkv,  # (N, T, 3, H, C) contiguous
     out,  # (N, T, H, C) contiguous
@@ -195,7 +205,7 @@ def _forward_kernel(
     PRECISION: tl.constexpr,  # of products of fp32
 ):
     """One tile of queries of one head against all keys, the softmax rescaled as larger logits are met."""
-    row = tl.program_id(1)
+    tile, row, rows = _locate(T, BLOCK_Q)
     n = (row // H).to(tl.int64)  # int64: N * T * 3 * D can pass 2**31
     h = row % H
     stride_t = 3 * H * HEAD_DIM
@@ -208,7 +218,7 @@ def _forward_kernel(
     log2e: tl.constexpr = 1.4426950408889634
     strength2 = tl.load(strength + h) * log2e
 
-    i = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q = _load_tokens(q_base, i, T, stride_t, HEAD_DIM, BLOCK_C)
     place_i = _load_places(positions, i, T, EXTRA)
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -237,7 +247,7 @@ def _forward_kernel(
     _store_tokens(out_base, i, T, H * HEAD_DIM, y * inverse[:, None], HEAD_DIM, BLOCK_C)
     statistics += row.to(tl.int64) * T
     tl.store(statistics + i, largest, mask=i < T)
-    statistics += tl.num_programs(1).to(tl.int64) * T
+    statistics += rows.to(tl.int64) * T
     tl.store(statistics + i, inverse, mask=i < T)
 
 
@@ -268,7 +278,7 @@ def _query_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """One tile of queries of one head against all keys: gradient of the queries, of the strength, and delta."""
-    row = tl.program_id(1)
+    tile, row, rows = _locate(T, BLOCK_Q)
     n = (row // H).to(tl.int64)
     h = row % H
     stride_t = 3 * H * HEAD_DIM
@@ -281,7 +291,7 @@ def _query_gradient_kernel(
     log2e: tl.constexpr = 1.4426950408889634
     strength2 = tl.load(strength + h) * log2e
 
-    i = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q = _load_tokens(qkv + q_offset, i, T, stride_t, HEAD_DIM, BLOCK_C)
     out_offset = n * T * H * HEAD_DIM + h * HEAD_DIM
     y = _load_tokens(out + out_offset, i, T, H * HEAD_DIM, HEAD_DIM, BLOCK_C)
@@ -290,7 +300,7 @@ def _query_gradient_kernel(
     row_start = row.to(tl.int64) * T
     tl.store(delta + row_start + i, delta_i, mask=i < T)
     largest = tl.load(statistics + row_start + i, mask=i < T, other=float("inf"))  # a weight of 0 beyond T
-    statistics += tl.num_programs(1).to(tl.int64) * T
+    statistics += rows.to(tl.int64) * T
     inverse = tl.load(statistics + row_start + i, mask=i < T, other=0.0)
     place_i = _load_places(positions, i, T, EXTRA)
     dq = tl.full([BLOCK_Q, BLOCK_C], 0.0, tl.float32)
@@ -313,7 +323,7 @@ def _query_gradient_kernel(
         pull += tl.sum(d_logits * distance, axis=1)
         dq += tl.dot(d_logits.to(k.dtype), k, input_precision=PRECISION)
     _store_tokens(d_qkv + q_offset, i, T, stride_t, dq * scale, HEAD_DIM, BLOCK_C)
-    tl.store(d_strength + row * tl.num_programs(0) + tl.program_id(0), -tl.sum(pull, axis=0))
+    tl.store(d_strength + tl.program_id(0), -tl.sum(pull, axis=0))
 
 
 @_jit
@@ -341,7 +351,7 @@ def _key_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """One tile of keys of one head against all queries; the logits' tile is (keys, queries)."""
-    row = tl.program_id(1)
+    tile, row, rows = _locate(T, BLOCK_K)
     n = (row // H).to(tl.int64)
     h = row % H
     stride_t = 3 * H * HEAD_DIM
@@ -354,12 +364,12 @@ def _key_gradient_kernel(
         padding += n * T
     row_start = row.to(tl.int64) * T
     largest_base = statistics + row_start
-    inverse_base = largest_base + tl.num_programs(1).to(tl.int64) * T
+    inverse_base = largest_base + rows.to(tl.int64) * T
     delta += row_start
     log2e: tl.constexpr = 1.4426950408889634
     strength2 = tl.load(strength + h) * log2e
 
-    j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    j = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     k = _load_tokens(qkv + k_offset, j, T, stride_t, HEAD_DIM, BLOCK_C)
     v = _load_tokens(qkv + v_offset, j, T, stride_t, HEAD_DIM, BLOCK_C)
     is_padded = _load_padded(padding, j, T)[:, None]
@@ -381,7 +391,7 @@ def _key_gradient_kernel(
         d_weights = tl.dot(v, tl.trans(dy), input_precision=PRECISION)
         survivors = weights
         if seed is not None:
-            first = tl.program_id(0) * BLOCK_K
+            first = tile * BLOCK_K
             kept = tl.trans(_draw_kept(tl.load(seed), row, i, first, drop_below, BLOCK_K))
             survivors = tl.where(kept, weights * rescale, 0.0)
             d_weights = tl.where(kept, d_weights * rescale, 0.0)
@@ -450,7 +460,7 @@ class _Attend(torch.autograd.Function):
         statistics = _allocate((2, N, H, T), torch.float32, qkv.device)
         tile = tile_shapes(C, qkv.dtype)[0]
         with torch.cuda.device_of(qkv):  # Triton launches on the current device, not on the tensors'
-            _forward_kernel[(triton.cdiv(T, tile.queries), N * H)](
+            _forward_kernel[(triton.cdiv(T, tile.queries) * N * H,)](
                 qkv, out, statistics, *given, *sizes, **_meta(tile, C, extra_tokens, qkv.dtype)
             )
         ctx.save_for_backward(qkv, out, statistics, *given)
@@ -468,11 +478,11 @@ class _Attend(torch.autograd.Function):
         num_tiles = triton.cdiv(T, for_queries.queries)
         d_strength = _allocate((N, H, num_tiles), torch.float32, qkv.device)
         with torch.cuda.device_of(qkv):
-            _query_gradient_kernel[(num_tiles, N * H)](
+            _query_gradient_kernel[(num_tiles * N * H,)](
                 qkv, out, d_out, d_qkv, statistics, delta, d_strength, *given, *ctx.sizes,
                 **_meta(for_queries, C, ctx.extra_tokens, qkv.dtype),
             )  # fmt: skip
-            _key_gradient_kernel[(triton.cdiv(T, for_keys.keys), N * H)](
+            _key_gradient_kernel[(triton.cdiv(T, for_keys.keys) * N * H,)](
                 qkv, d_out, d_qkv, statistics, delta, *given, *ctx.sizes,
                 **_meta(for_keys, C, ctx.extra_tokens, qkv.dtype),
             )  # fmt: skip

@@ -300,6 +300,23 @@ def test_what_backward_keeps_is_linear_in_tokens(monkeypatch):
     assert sums[1] < 2.02 * sums[0]
 
 
+def test_rows_and_heads_may_pass_what_the_second_axis_of_a_grid_holds(monkeypatch):
+    """65,535, on every GPU; the first holds 2**31 - 1."""
+    pytest.importorskip("triton")
+    grids = []
+
+    class Launch:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **meta: None
+
+    for name in ("_forward_kernel", "_query_gradient_kernel", "_key_gradient_kernel"):
+        monkeypatch.setattr(attention, name, Launch())
+    inputs = make_inputs(Case(2**15, 1, 2, 8, dtype="bfloat16"))
+    attend_triton(inputs.qkv, inputs.distance(0), None, 0.0).backward(inputs.d_out)
+    assert grids == [(2**16,)] * 3
+
+
 def test_without_a_bias_it_is_torchs_own():
     """To the bit, with and without padding."""
     inputs = make_inputs(Case(2, 13, 2, 16, padding="tail"))
