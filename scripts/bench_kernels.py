@@ -389,13 +389,13 @@ def main() -> None:
     print(
         f"copy {bench.copy_rate / 1e9:.0f} GB/s, bf16 matmul {bench.matmul_rate / 1e12:.0f} TFLOP/s\n{HEAD}"
     )
-    bench_targets(bench)
-    bench_ema(bench)
-    bench_attention(bench)
-    bench_regression(bench)
-    facts = describe(bench, time.perf_counter() - started)
-    if not arguments.check or arguments.out != parser.get_default("out"):
-        write(facts, bench.rows, arguments.out)
+    try:
+        for part in (bench_targets, bench_ema, bench_attention, bench_regression):
+            part(bench)
+    finally:  # what was measured before an error, too
+        facts = describe(bench, time.perf_counter() - started)
+        if bench.rows and (not arguments.check or arguments.out != parser.get_default("out")):
+            write(facts, bench.rows, arguments.out)
 
 
 if __name__ == "__main__":

@@ -347,6 +347,9 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     prepare_environment()
     device = start_distributed(1)
+    out = arguments.out or ROOT / "docs" / "benchmarks" / f"step_{'cpu' if arguments.cpu else 'gpu'}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
     rows = []
     for name, case in chosen.items():
         if device.type == "cpu" and not cpu_multiplies("bf16" if case.dtype == torch.bfloat16 else "fp32"):
@@ -362,12 +365,10 @@ def main() -> None:
             f"error {row['error']:.0e}; peak {row['peak_gib']:.1f} GiB",
             flush=True,
         )
-    out = arguments.out or ROOT / "docs" / "benchmarks" / f"step_{'cpu' if arguments.cpu else 'gpu'}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
-    if arguments.profile:
-        write_costs(rows, out.with_name(f"profile_{'cpu' if arguments.cpu else 'gpu'}.md"), hardware)
-    out.write_text(json.dumps({"hardware": hardware, "torch": torch.__version__, "rows": rows}, indent=1))
+        # after each case, as a later one may not fit the memory
+        out.write_text(json.dumps({"hardware": hardware, "torch": torch.__version__, "rows": rows}, indent=1))
+        if arguments.profile:
+            write_costs(rows, out.with_name(f"profile_{'cpu' if arguments.cpu else 'gpu'}.md"), hardware)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,24 @@ def test_a_step_that_cannot_be_measured_is_refused_at_once(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+def test_what_was_measured_before_an_error_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A GPU may be at hand once; a shape that does not fit it must not cost the others."""
+    script = load_script()
+    row = script.Row("targets", "B=1", error=0.0, peak_mb=0.0)
+
+    def fail(bench):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(script.Bench, "measure_ceilings", lambda bench: None)
+    monkeypatch.setattr(script, "bench_targets", lambda bench: bench.rows.append(row))
+    monkeypatch.setattr(script, "bench_ema", fail)
+    monkeypatch.setattr(sys, "argv", ["bench_kernels", "--check", "--out", str(tmp_path)])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        script.main()
+    [row] = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert row["kernel"] == "targets"
+
+
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path):
     done = bench("--out", str(tmp_path / "out"))
     assert done.returncode == 1
