@@ -303,10 +303,11 @@ def reading_remote(arguments: argparse.Namespace) -> AbstractContextManager[None
 def find_shards(arguments: argparse.Namespace) -> list[Any]:
     """The shards of a command line; a number that does not fit is a ValueError."""
     from d2v_ds.data import expand_shards
+    from d2v_ds.data.energon import all_patterns
 
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers {arguments.workers} must be 1 or more")
-    return expand_shards(arguments.shards)
+    return expand_shards([pattern for data in arguments.shards for pattern in all_patterns(data)])
 
 
 def run_export(arguments: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ import braceexpand
 import numpy as np
 import yaml
 
-from d2v_ds.data.folders import Folder, LocalFolder, folder_of
+from d2v_ds.data.folders import Folder, LocalFolder, as_folder, folder_of, is_pattern
 from d2v_ds.data.parallel import map_shards
 from d2v_ds.data.reader import ShardReader
 from d2v_ds.data.shard import ShardIndex, load_column, write_column
@@ -56,6 +57,16 @@ def train_shards(folder: Folder) -> list[str] | None:
             f"{folder}/{SPLIT} excludes all {len(train)} shards of its part `train`; name other shards"
         )
     return names
+
+
+def all_patterns(data: str) -> list[str]:
+    """Each part of a list as it is; of an Energon folder whose shards lie below it, those of all its parts."""
+    patterns = []
+    for part in filter(None, data.split("::")):
+        name, place = (part, None) if is_pattern(part) else as_folder(part)
+        below = _shards_below(place) if place else []
+        patterns += [os.path.join(name, shard) for shard in below] or [part]
+    return patterns
 
 
 def exclude_list(folder: Folder) -> dict[str, set[str] | None]:
@@ -161,6 +172,12 @@ def _is_root(folder: Folder) -> bool:
     if isinstance(folder, LocalFolder):
         return (folder.path / Path(SPLIT).parent).is_dir()
     return folder.read_lately(SPLIT) is not None
+
+
+def _shards_below(folder: Folder) -> list[str]:
+    """The shards of all parts of an Energon folder, if some lie in folders below it; else none."""
+    names = list(dict.fromkeys(name for part in _parts(folder).values() for name in part))
+    return names if any("/" in name for name in names) else []
 
 
 def _parts(folder: Folder) -> dict[str, list[str]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import logging
+import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -123,3 +126,20 @@ def folder_of(shard: Path | RemoteShard) -> Folder | None:
     if shard.url.startswith("pipe:") or urlsplit(shard.url).query:
         return None
     return RemoteFolder(shard.url.rpartition("/")[0], shard.settings)
+
+
+def is_pattern(part: str) -> bool:
+    """Whether a part of `data=` names shards itself."""
+    if os.path.isdir(part):
+        return False
+    return part.endswith(".tar") or bool(set(part) & set("*{?")) or part.startswith("pipe:")
+
+
+def as_folder(folder: str) -> tuple[str, Folder | None]:
+    """A folder as a pattern, since its own name may have brackets and braces, and what reads its files."""
+    if os.path.isdir(folder):
+        return re.sub(r"([\\{},])", r"\\\1", glob.escape(folder)), LocalFolder(Path(folder))
+    if remote.is_url(folder):
+        remote.check_url(folder)
+        return folder, RemoteFolder(folder.rstrip("/"), remote.settings())
+    return folder, None

@@ -92,7 +92,7 @@ def lost_shards(folder: Folder, used: set[str], is_all: bool = False) -> dict[st
     for source in ("manifest.json", "_info.json"):
         for split in _splits(folder.read, source):
             rows = (row.get("file") for row in _list(split, "shards") if isinstance(row, dict))
-            names = {str(name) for name in (*rows, *_list(split, "filenames"))}
+            names = {name for name in (*rows, *_list(split, "filenames")) if isinstance(name, str)}
             others = sorted(names - used)
             is_asked_for = names & used or is_all and source == "manifest.json"
             if is_asked_for and not any(map(folder.has, others)):

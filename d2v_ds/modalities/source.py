@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import math
 import os
@@ -20,9 +19,8 @@ from torch import Tensor
 from d2v_ds.config import Config
 from d2v_ds.data import Corpus, Draw, ShardIndex, Share, Source, deal, expand_shards
 from d2v_ds.data.energon import train_shards
-from d2v_ds.data.folders import LocalFolder, RemoteFolder
+from d2v_ds.data.folders import as_folder, is_pattern
 from d2v_ds.data.reader import parse_fields
-from d2v_ds.data.remote import check_url, is_url, settings
 from d2v_ds.modalities import samples_class
 from d2v_ds.modalities.labelled import Labelled, check_labels
 from d2v_ds.model.batch import make_masked, make_views
@@ -87,7 +85,7 @@ class StreamConfig(Config):
 def shard_pattern(data: str, shards: str) -> str | list[str]:
     """`data` may be a folder (then `shards` names files in it) or a shard pattern of its own."""
     parts = data.split("::")
-    if any(map(_is_pattern, parts)):
+    if any(map(is_pattern, parts)):
         return data
     return [pattern for part in parts for pattern in _folder_patterns(part, shards)]
 
@@ -95,23 +93,12 @@ def shard_pattern(data: str, shards: str) -> str | list[str]:
 def train_patterns(data: str, shards: str) -> list[str]:
     """As `shard_pattern`; where folders and patterns are joined, `shards` names files in each of the folders."""
     parts = [part for part in data.split("::") if part] or [data]
-    return [p for part in parts for p in ([part] if _is_pattern(part) else _folder_patterns(part, shards))]
-
-
-def _is_pattern(part: str) -> bool:
-    if os.path.isdir(part):
-        return False
-    return part.endswith(".tar") or bool(set(part) & set("*{?")) or part.startswith("pipe:")
+    return [p for part in parts for p in ([part] if is_pattern(part) else _folder_patterns(part, shards))]
 
 
 def _folder_patterns(folder: str, shards: str) -> list[str]:
-    """`shards` in a folder, whose own name may have brackets and braces; of an Energon folder, what is to train on."""
-    name, place = folder, None
-    if os.path.isdir(folder):
-        name, place = re.sub(r"([\\{},])", r"\\\1", glob.escape(folder)), LocalFolder(Path(folder))
-    elif is_url(folder):
-        check_url(folder)
-        place = RemoteFolder(folder.rstrip("/"), settings())
+    """`shards` in a folder; of an Energon folder, what is to train on."""
+    name, place = as_folder(folder)
     names_none = shards == StreamConfig.model_fields["shards"].default
     train = train_shards(place) if place and names_none else None
     return [os.path.join(name, shard) for shard in train or shards.split("::")]

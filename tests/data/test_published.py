@@ -176,6 +176,17 @@ def test_a_split_that_cannot_be_read_is_an_error(tmp_path):
         found(root / "shards", "jpg")
 
 
+def test_commands_take_an_energon_folder_whose_shards_lie_below_it(tmp_path, capsys):
+    """All parts of it, what is excluded too."""
+    root = energon(tmp_path / "a [set]")
+    exclude(root, "shards/shard_000.tar")
+    for command in ("index", "verify", "preview"):
+        assert main([command, str(root)]) == 0
+        said = capsys.readouterr().out
+        assert all(f"shard_{shard:03d}.tar" in said for shard in range(3)) or "18 samples" in said, said
+    assert len(list(root.glob("shards/*.members.npy"))) == 3
+
+
 def test_what_lies_beside_shards_and_samples_is_passed_over(tmp_path):
     """README, hidden files of macOS, folders inside the tar, upper-case endings, samples of another kind."""
     root = wenet(tmp_path / "two kinds")
