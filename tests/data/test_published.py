@@ -176,8 +176,9 @@ def test_a_split_that_cannot_be_read_is_an_error(tmp_path):
         found(root / "shards", "jpg")
 
 
-def test_commands_take_an_energon_folder_whose_shards_lie_below_it(tmp_path, capsys):
+def test_commands_take_an_energon_folder_whose_shards_lie_below_it(tmp_path, capsys, monkeypatch):
     """All parts of it, what is excluded too."""
+    monkeypatch.chdir(tmp_path)  # where the preview goes
     root = energon(tmp_path / "a [set]")
     exclude(root, "shards/shard_000.tar")
     for command in ("index", "verify", "preview"):
