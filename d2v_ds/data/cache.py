@@ -109,12 +109,19 @@ def acquire(
     plan; -1 = it is needed now. RemoteError if it cannot be had, NoRoom if only what is needed sooner could make room.
     """
     shard.make_folder()
+    deadline = time.monotonic() + 60 * shard.settings.retry_minutes
     while True:
         if file := open_locked(shard.path):
-            if size in (None, os.fstat(file.fileno()).st_size):
+            found = os.fstat(file.fileno()).st_size
+            if size in (None, found):
                 return file
             file.close()
-            if not drop(shard):  # cut by a crash of the machine, and somebody reads it
+            if not drop(shard):  # cut by a crash of the machine, or replaced, and somebody reads it
+                if time.monotonic() > deadline:
+                    raise RemoteError(
+                        f"{shard.path} has {found} bytes, when {shard} was indexed {size}, and other processes read "
+                        "it; wait for them, or set another remote.cache"
+                    )
                 time.sleep(_WAIT)
             continue
         with locked(shard.folder / "lock"):

@@ -568,6 +568,14 @@ def test_a_cached_shard_that_lost_its_end_is_fetched_again(local, site, tmp_path
     assert len(site.asked) > SHARDS
 
 
+def test_a_cached_shard_of_another_size_that_is_read_is_told(site, tmp_path):
+    """It cannot be fetched again meanwhile: the wait ends, and names it."""
+    with serve(site) as url:
+        shard = RemoteShard(f"{url}/train-000000.tar", settings_of(tmp_path, retry_minutes=0.005))
+        with acquire(shard), pytest.raises(RemoteError, match="was indexed 7, and other processes read it"):
+            acquire(shard, 7)
+
+
 def test_what_is_needed_last_goes_first(site, tmp_path):
     root = tmp_path / "cache"
     with serve(site) as url:
