@@ -25,7 +25,8 @@ dataset="${DATASET:-imagenet}" train="*train*.tar" test="*val*.tar" recipe=finet
 data="${DATA:-shards/$dataset}"
 [ "$dataset" != digits ] ||
     data="${DATA:-data/digits}" train="images-train-*.tar" test="images-test-*.tar" recipe=finetune_image_tiny
-check "${RECIPE:-$recipe}" "data=$data" ${INIT:+"init=$INIT"} "$@"
+case "$dataset" in digits | imagenet) own=() ;; *) own=(task.labels=null) ;; esac # their number is not known yet
+check "${RECIPE:-$recipe}" "data=$data" "task.test=$test" ${INIT:+"init=$INIT"} "$@" "${own[@]}"
 case "$dataset" in
     digits)
         any "$data"/$test || python -m shards.sample --images-only --out "$data"

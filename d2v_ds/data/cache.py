@@ -244,7 +244,7 @@ def _receive(shard: RemoteShard, file: BinaryIO, size: int | None, position: int
                     raise
                 os.ftruncate(file.fileno(), 0)  # else files that grow wait for each other
                 turn.enter_context(locked(shard.root / "growing"))
-                is_alone = True
+                is_alone, began = True, time.monotonic()
                 continue
             except RemoteError as error:
                 if not shard.url.startswith("pipe:") or isinstance(error, TooLarge):

@@ -8,6 +8,7 @@ excludes is stored beside the shard, once for each list.
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -60,10 +61,13 @@ def train_shards(folder: Folder) -> list[str] | None:
 
 
 def all_patterns(data: str) -> list[str]:
-    """Each part of a list as it is; of an Energon folder whose shards lie below it, those of all its parts."""
+    """Each part of a list as it is; of an Energon folder whose shards all lie below it, those of its parts, without
+    those excluded."""
     patterns = []
     for part in filter(None, data.split("::")):
-        name, place = (part, None) if is_pattern(part) else as_folder(part)
+        name, place = (
+            (part, None) if is_pattern(part) or glob.glob(f"{glob.escape(part)}/*.tar") else as_folder(part)
+        )
         below = _shards_below(place) if place else []
         patterns += [os.path.join(name, shard) for shard in below] or [part]
     return patterns
@@ -175,9 +179,12 @@ def _is_root(folder: Folder) -> bool:
 
 
 def _shards_below(folder: Folder) -> list[str]:
-    """The shards of all parts of an Energon folder, if some lie in folders below it; else none."""
+    """The shards of all parts of an Energon folder but those excluded, if some lie in folders below it; else none."""
     names = list(dict.fromkeys(name for part in _parts(folder).values() for name in part))
-    return names if any("/" in name for name in names) else []
+    if not any("/" in name for name in names):
+        return []
+    excluded = exclude_list(folder)
+    return [name for name in names if excluded.get(name, ()) is not None]
 
 
 def _parts(folder: Folder) -> dict[str, list[str]]:

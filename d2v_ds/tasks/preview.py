@@ -88,7 +88,8 @@ def look(job: tuple[ShardIndex, list[int], set[int]]) -> list[dict[str, Any]]:
             for extension, content in reader.members(sample).items():
                 members[extension] = recognise(content, is_shown)
                 for kind, names in NAMED.items():
-                    if extension.lower() in names.split() and members[extension]["kind"] != kind:
+                    is_named = extension.lower() in names.split() and members[extension]["kind"] != kind
+                    if is_named and not (kind == "text" and _is_utf8(content)):
                         members[extension]["fault"] = (
                             f".{extension} that is no {kind}: {members[extension]['what']}"
                         )
@@ -97,6 +98,14 @@ def look(job: tuple[ShardIndex, list[int], set[int]]) -> list[dict[str, Any]]:
         found.append({"key": reader.key(sample), "members": members, "fault": fault, "is_shown": is_shown})
     reader.close()
     return found
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def recognise(content: bytes, is_shown: bool) -> dict[str, Any]:

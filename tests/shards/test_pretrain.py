@@ -154,6 +154,10 @@ def test_paths_among_the_arguments_are_those_of_the_caller_too(tmp_path):
     stays = ["init=null", "data=s3://b/c::/d", "task.test=*val*.tar", "modalities.image.data.shards=e/*.tar"]
     *_, said = commands(tmp_path, "finetune_image.sh", *stays, DATASET="own", NUM_GPUS="0", DATA="my shards")
     assert said.endswith(" ".join(stays)) and said.count("init=") == 1
+    checked, *_ = commands(
+        tmp_path, "finetune_image.sh", "task.labels=[a,b]", DATASET="own", DATA="my shards"
+    )
+    assert " task.test=*val*.tar " in checked and checked.endswith("task.labels=[a,b] task.labels=null")
     said = commands(tmp_path, "finetune_speech.sh", "data=my shards", "init=run", NUM_GPUS="0")
     assert f"init={tmp_path}/run" in said[-1]
     said = commands(tmp_path, "finetune_glue.sh", "out=new", INIT="run")

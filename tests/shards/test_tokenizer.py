@@ -225,6 +225,18 @@ def test_files_that_do_not_belong_together_are_refused(released, tmp_path, chang
         import_vocabulary(folder)
 
 
+def test_words_that_were_added_are_told(released, tmp_path, capsys):
+    """No rule makes them, though the file is whole."""
+    folder = write_tree(tmp_path / "x", {p.name: p.read_bytes() for p in released.iterdir() if p.is_file()})
+    pieces = json.loads((folder / "encoder.json").read_text())
+    pieces |= {"@user": len(pieces), "HTTPURL": len(pieces) + 1}
+    (folder / "encoder.json").write_text(json.dumps(pieces))
+    with (folder / "dict.txt").open("a") as file:
+        file.write("".join(f"{pieces[word]} 1\n" for word in ("@user", "HTTPURL")))
+    import_vocabulary(folder)
+    assert "makes 2 pieces of the vocabulary, such as @user, HTTPURL: no text" in capsys.readouterr().out
+
+
 def test_a_tokenizer_json_with_other_special_ids_is_refused(tmp_path):
     """GPT-2's own, for example."""
     from tokenizers import Tokenizer

@@ -97,6 +97,7 @@ def test_what_is_not_what_its_name_says_and_a_bomb_are_told(tmp_path, capsys):
         "d.png": bomb,
         "e.jpg": file.getvalue(),
         "f.pth": bytes(range(256)),
+        "g.txt": b"a\x0bb",  # odd, but a text
     }
     write_tar(tmp_path / "a.tar", members)
     found = preview(tmp_path, tmp_path / "a.png", capsys)
