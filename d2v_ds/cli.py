@@ -59,14 +59,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands.add_parser("train", help="pre-train a model (d2v train --help)", add_help=False)
+    commands.add_parser("train", help="pre-train or fine-tune a model (d2v train --help)", add_help=False)
     commands.add_parser("plan", help="which data a run would see (d2v plan --help)", add_help=False)
     commands.add_parser("prepare", help="data as shards (d2v prepare --help)", add_help=False)
     commands.add_parser("tokenizer", help="train or import one (d2v tokenizer --help)", add_help=False)
 
     export = commands.add_parser("export", help="weights in a format of ours or of another library")
     export.add_argument(
-        "path", type=Path, metavar="PATH", help="run folder, step_* folder, export or .pt file"
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="run folder, step_* folder, export, .pt file or Hugging Face folder",
     )
     export.add_argument("--out", type=Path, required=True, help="folder to write")
     export.add_argument(

@@ -11,7 +11,7 @@
 #   MIRROR, CHECKSUMS   another server; a file of sha256sum in place of the published ones
 #   NUM_GPUS    ranks on this machine (default: its GPUs); 0: one on the CPU
 #   OUT         run folder (default: checkpoints/NAME); the same command goes on with what is there
-#   RECIPE      text_base (default), or any other or FILE.yaml
+#   RECIPE      text_base (default), or any other or FILE.yaml; of v1 add modalities.text.vocabulary=32001, the pieces and <mask>
 #   DEEPSPEED   preset or file of ds_configs/ (default: zero2)
 #   D2V_VENV    virtual environment, made if absent (default: .venv); none: what is active is taken as it is
 #   SHARD_MIB   size of shards (default: 256)

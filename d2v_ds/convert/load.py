@@ -55,8 +55,8 @@ def load(
     fairseq_compat: bool | None = None,
     device: str | torch.device | None = None,
 ) -> Encoder:
-    """The encoder stored at `path`: a run folder (its newest whole checkpoint), a step_* folder, an export, a
-    fairseq checkpoint or a Hugging Face folder. `origin` and `repr` of it say which.
+    """The encoder stored at `path`: a run folder (its newest whole checkpoint, of a fine-tuned one the best), a step_*
+    folder, an export, a fairseq checkpoint or a Hugging Face folder. `origin` and `repr` of it say which.
 
     `modality` is needed only if the model has several. `weights`: student or teacher; unsaid, the student's, or
     what the file holds. `fairseq_compat`: padding as the original has it, where it changes features (docs/use.md);

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from d2v_ds.training.codes import describe_codes
 
 DESCRIPTION = """\
-Pre-train a data2vec model.
+Pre-train or fine-tune a data2vec model.
 
   deepspeed train.py --deepspeed ds_configs/zero3.json --recipe multimodal_tiny data=DIR out=DIR
   torchrun --nproc_per_node 2 train.py --deepspeed zero2 --recipe image_tiny train.steps=1000

@@ -12,7 +12,7 @@ EXIT_CODES = {
     0: "finished",
     FAILED: "the run cannot go on: data, disk, gradients, or a fault of the program (traceback)",
     MISTAKE: "a mistake in what was asked for: recipe, ds_config, data, number of ranks",
-    COLLAPSED: "its health has ended the run (health.on_collapse): it learns nothing; change the recipe before another",
+    COLLAPSED: "its health has ended the run (health.*): it learns nothing; change the recipe before another",
     STOPPED: "stopped because a signal, or the end of the launcher, asked for it: start it again, it goes on",
     HUNG: "a step took far too long: stacks are in hang/ of the run folder; goes on from the last checkpoint",
     LOST: "another rank was lost: its own message says why; goes on from the last checkpoint",
