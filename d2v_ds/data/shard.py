@@ -118,6 +118,16 @@ def index_remote(shard: RemoteShard) -> ShardIndex:
     shard.make_folder()
     if index := find_remote_index(shard):
         return index
+    was_there = shard.path.is_file()
+    try:
+        return _build_remote_index(shard)
+    except ValueError:
+        if not was_there:
+            raise
+        return _build_remote_index(shard)  # what lay in the cache was cut; now it is what the server has
+
+
+def _build_remote_index(shard: RemoteShard) -> ShardIndex:
     file = acquire(shard)
     try:
         return replace(load_remote_index(shard) or build_index(shard.path, str(shard)), remote=shard)

@@ -559,11 +559,14 @@ def test_what_a_killed_process_leaves_is_taken_over(site, tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 4000])
-def test_a_cached_shard_that_lost_its_end_is_fetched_again(local, site, tmp_path, left):
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_cached_shard_that_lost_its_end_is_fetched_again(local, site, tmp_path, left, has_index):
     """As a machine that lost its power may leave one: good samples were quarantined."""
     with serve(site) as url:
         open_corpus(f"{url}/{NAMES}", settings_of(tmp_path))
         os.truncate(cached(tmp_path)[2], left)
+        if not has_index:
+            cached(tmp_path)[2].with_suffix(".tar.json").unlink()
         assert batches(open_corpus(f"{url}/{NAMES}", settings_of(tmp_path))) == local_batches(local)
     assert len(site.asked) > SHARDS
 
