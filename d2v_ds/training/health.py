@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import gcd
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2v_ds.kernels.regression import gather_targets
 from d2v_ds.model.batch import Batch
 from d2v_ds.model.data2vec import Output
 
@@ -28,6 +30,8 @@ SKETCH_DIM = 64
 than one percent of a step, and a rank worth a warning is far below 64."""
 SKETCH_TOKENS = 256
 """Of a micro-batch at most so many, evenly spaced."""
+MOST_WAITING = 2**24
+"""Bytes of small micro-batches that are looked at together."""
 LEAST_TOKENS = 32
 """Fewer in a whole step have no rank: it is below their number, whatever they are."""
 
@@ -58,7 +62,8 @@ def grow(x: Tensor, tokens: int) -> Tensor:
 class Spread(Sums):
     """fairseq's numbers, of targets and predictions at the masked positions of all views, by channel."""
 
-    def add(self, target_NJD: Tensor, pred_NJD: Tensor, counts_NJ: Tensor | None) -> None:
+    def add(self, target_NJD: Tensor, pred_NJD: Tensor, counts_NJ: Tensor | None, parts: int = 1) -> None:
+        """Of `parts` micro-batches, one behind the other."""
         target, pred = target_NJD.float(), pred_NJD.float()
         count = target.new_tensor(target.shape[0] * target.shape[1], dtype=torch.float64)
         if counts_NJ is not None:
@@ -66,11 +71,11 @@ class Spread(Sums):
             count = counts_NJ.sum(dtype=torch.float64)
         self.add_sums(
             count=count,
-            target=target.sum((0, 1)).double(),
-            target_square=target.square().sum((0, 1)).double(),
-            pred=pred.sum((0, 1)).double(),
-            pred_square=pred.square().sum((0, 1)).double(),
-            error=(pred - target).square().sum().double(),
+            target=sum_parts(target, parts).sum(0),
+            target_square=sum_parts(target.square(), parts).sum(0),
+            pred=sum_parts(pred, parts).sum(0),
+            pred_square=sum_parts(pred.square(), parts).sum(0),
+            error=sum_parts((pred - target).square(), parts).sum(),
         )
 
     def values(self) -> dict[str, Tensor]:
@@ -93,11 +98,16 @@ def standard_deviation(squares: Tensor, count: Tensor) -> Tensor:
     return ((squares / (count - 1).clamp(min=1)).clamp(min=0) + 1e-6).sqrt().mean()
 
 
+def sum_parts(x_NTD: Tensor, parts: int) -> Tensor:
+    """Over samples: in fp32 within each micro-batch, in fp64 over those; (T, D)."""
+    return x_NTD.unflatten(0, (parts, -1)).sum(1).double().sum(0)
+
+
 class Place:
-    """The tokens of one place in one micro-batch, and what is summed up of them.
+    """The tokens of one place in a micro-batch or several, and what is summed up of them.
 
     `padding_BT`: bool, True = not to be looked at. `positions_BT`: where in the sample each row lies; None = at 0, 1,
-    ... `before_norms_BTD`: the spreads are of these; None = of `x_BTD`.
+    ... `before_norms_BTD`: the spreads are of these; None = of `x_BTD`. `parts`: so many micro-batches lie in B.
     """
 
     def __init__(
@@ -106,7 +116,9 @@ class Place:
         padding_BT: Tensor | None,
         positions_BT: Tensor | None = None,
         before_norms_BTD: Tensor | None = None,
+        parts: int = 1,
     ) -> None:
+        self.parts = parts
         self.x_BTD = x_BTD.float()
         self.raw_BTD = self.x_BTD if before_norms_BTD is None else before_norms_BTD.float()
         self.real_BT = torch.ones(x_BTD.shape[:2], dtype=torch.float64, device=x_BTD.device)
@@ -130,7 +142,8 @@ class Place:
     def sum_positions(self, squares_BT: Tensor, tokens: int) -> dict[str, Tensor]:
         """For content: each (T, ...)."""
         if self.positions_BT is None:
-            seen_T, total_TD, squares_T = self.real_BT.sum(0), self.x_BTD.sum(0).double(), squares_BT.sum(0)
+            total_TD = sum_parts(self.x_BTD, self.parts)
+            seen_T, squares_T = self.real_BT.sum(0), squares_BT.sum(0)
         else:
             where = self.positions_BT.flatten()
             zeros_T = squares_BT.new_zeros(tokens)
@@ -156,9 +169,11 @@ class Place:
 
     def sum_sketch(self) -> dict[str, Tensor]:
         """For the rank; squared in fp64, since errors of fp32 would be a rank of their own."""
-        step = sketch_step(self.real_BT.numel(), self.real_BT.shape[1])
-        x_NS = sketch(self.x_BTD.flatten(0, 1)[::step]).double()
-        sketched = self.real_BT.flatten()[::step].sum()
+        tokens = self.real_BT.shape[1]
+        step = sketch_step(self.real_BT.numel() // self.parts, tokens)
+        x_PND, real_PN = (x.unflatten(0, (self.parts, -1)).flatten(1, 2) for x in (self.x_BTD, self.real_BT))
+        x_NS = sketch(x_PND[:, ::step].flatten(0, 1)).double()
+        sketched = real_PN[:, ::step].sum()
         return {"sketched": sketched, "sketched_S": x_NS.sum(0), "gram_SS": x_NS.T @ x_NS}
 
 
@@ -250,36 +265,103 @@ def effective_rank(covariance_SS: Tensor) -> Tensor:
     return torch.where(is_finite, rank, torch.full_like(rank, float("nan")))
 
 
-class Modality:
-    """All that is known of one modality in one step."""
+class Looked(NamedTuple):
+    """What is looked at of one micro-batch, or of several that lie one behind the other."""
 
-    def __init__(self) -> None:
-        self.spread, self.places = Spread(), Places()
+    targets_BTD: Tensor
+    layers_BTD: Tensor
+    """Of which the targets were made, before any norm."""
+    local_BTD: Tensor
+    padding_BT: Tensor | None
+    pred_NJD: Tensor
+    masked_NJ: Tensor
+    counts_NJ: Tensor | None
+    counted_NJ: Tensor | None
+    hidden_NKD: Tensor
+    keep_NK: Tensor | None
+    """None: the student sees all tokens."""
 
-    def add(self, batch: Batch, output: Output) -> None:
-        observed, views, tokens = output.observed, batch.clones, output.targets_BTD.shape[1]
-        padding_BT = batch.padding_BT
-        masked_BJ = batch.masked_NJ[::views]
+    @classmethod
+    def of(cls, batch: Batch, output: Output) -> Looked:
+        observed = output.observed
+        return cls(
+            output.targets_BTD,
+            observed.layers_BTD,
+            observed.local_BTD,
+            batch.padding_BT,
+            output.pred_NJD.detach(),
+            batch.masked_NJ,
+            output.counts_NJ,
+            batch.counted_NJ,
+            observed.hidden_NKD,
+            batch.keep_NK,
+        )
+
+    @property
+    def shapes(self) -> list[torch.Size | None]:
+        return [None if x is None else x.shape for x in self]
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.nbytes for x in self if x is not None)
+
+    def places(self, parts: int) -> list[Place]:
+        """In the order of PLACES; of the views of a sample the first."""
+        padding_BT, views = self.padding_BT, len(self.masked_NJ) // len(self.targets_BTD)
+        masked_BJ = self.masked_NJ[::views]
         filler_BJ = None if padding_BT is None else padding_BT.gather(1, masked_BJ)
-        if batch.counted_NJ is not None:
-            unused_BJ = ~batch.counted_NJ[::views]
+        if self.counted_NJ is not None:
+            unused_BJ = ~self.counted_NJ[::views]
             filler_BJ = unused_BJ if filler_BJ is None else filler_BJ | unused_BJ
-        # None: the student sees all tokens
-        keep_BK = None if batch.keep_NK is None else batch.keep_NK[::views]
+        keep_BK = None if self.keep_NK is None else self.keep_NK[::views]
         unseen_BK = padding_BT
         if padding_BT is not None and keep_BK is not None:
             unseen_BK = padding_BT.gather(1, keep_BK)
-
-        self.spread.add(output.target_NJD, output.pred_NJD, output.counts_NJ)
         places = {
-            "target": Place(output.targets_BTD, padding_BT, before_norms_BTD=observed.layers_BTD),
-            "pred": Place(output.pred_NJD[::views], filler_BJ, masked_BJ),
-            "encoder": Place(observed.hidden_NKD[::views], unseen_BK, keep_BK),
-            "local": Place(observed.local_BTD, padding_BT),
+            "target": Place(self.targets_BTD, padding_BT, before_norms_BTD=self.layers_BTD, parts=parts),
+            "pred": Place(self.pred_NJD[::views], filler_BJ, masked_BJ, parts=parts),
+            "encoder": Place(self.hidden_NKD[::views], unseen_BK, keep_BK, parts=parts),
+            "local": Place(self.local_BTD, padding_BT, parts=parts),
         }
-        self.places.add([places[name] for name in PLACES], tokens)
+        return [places[name] for name in PLACES]
+
+
+def join(looked: list[Looked]) -> Looked:
+    """Of equal shapes."""
+    if len(looked) == 1:
+        return looked[0]
+    return Looked(*(None if x[0] is None else torch.cat(x) for x in zip(*looked, strict=True)))
+
+
+class Modality:
+    """All that is known of one modality in one step.
+
+    Small micro-batches wait for others of their shapes: what an operator costs does not depend on their size.
+    """
+
+    def __init__(self) -> None:
+        self.spread, self.places = Spread(), Places()
+        self.waiting: list[Looked] = []
+
+    def add(self, batch: Batch, output: Output) -> None:
+        looked = Looked.of(batch, output)
+        if self.waiting and looked.shapes != self.waiting[0].shapes:
+            self.add_waiting()
+        self.waiting.append(looked)
+        if len(self.waiting) * looked.bytes >= MOST_WAITING:
+            self.add_waiting()
+
+    def add_waiting(self) -> None:
+        if not self.waiting:
+            return
+        x, parts = join(self.waiting), len(self.waiting)
+        self.waiting = []
+        target_NJD = gather_targets(x.targets_BTD, x.masked_NJ)
+        self.spread.add(target_NJD, x.pred_NJD, x.counts_NJ, parts)
+        self.places.add(x.places(parts), x.targets_BTD.shape[1])
 
     def sums(self) -> list[Sums]:
+        self.add_waiting()
         return [self.spread, self.places]
 
 

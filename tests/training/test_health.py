@@ -28,6 +28,7 @@ from d2v_ds.training.health import (
     Place,
     Places,
     effective_rank,
+    join,
     sketch_step,
 )
 from d2v_ds.training.verdict import judge
@@ -250,6 +251,24 @@ def test_micro_batches_add_up_to_the_whole() -> None:
     whole, both = measure((batch, output)), measure(*parts)
     for key, value in whole.items():
         assert both[key] == pytest.approx(value, rel=0.1 if key.endswith("rank") else 2e-6, abs=1e-6), key
+
+
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_micro_batches_that_are_looked_at_together_give_the_same(is_ragged, monkeypatch) -> None:
+    """As each by itself; of one shape, of others in between, and more than may wait."""
+    parts = []
+    for state, samples in (("healthy", 4), ("rank-4", 4), ("healthy", 3), ("constant", 4), ("healthy", 4)):
+        part = micro_batch(state, samples=samples)
+        parts.append(pad(*part, [TOKENS - 3 * i for i in range(samples)]) if is_ragged else part)
+    joined = []
+    monkeypatch.setattr(health, "join", lambda looked: joined.append(len(looked)) or join(looked))
+    values, bytes = [], health.Looked.of(*parts[0]).bytes
+    for most in (0, 1.5 * bytes, 1 << 30):
+        monkeypatch.setattr(health, "MOST_WAITING", most)
+        values.append(measure(*parts))
+    assert joined == [1] * 5 + [2, 1, 2] * 2
+    for other in values[1:]:
+        assert other == {key: pytest.approx(value, rel=1e-9) for key, value in values[0].items()}
 
 
 @pytest.mark.slow
