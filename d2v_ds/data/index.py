@@ -24,12 +24,13 @@ import numpy as np
 
 from d2v_ds.data import energon
 from d2v_ds.data.cache import RemoteShard
-from d2v_ds.data.folders import LocalFolder
+from d2v_ds.data.folders import LocalFolder, folder_of
 from d2v_ds.data.lengths import Lengths, stored_row
 from d2v_ds.data.parallel import Progress, map_shards
-from d2v_ds.data.published import differences, missing_shards, published_in, rows_of
+from d2v_ds.data.published import differences, missing_shards, published_in, rows_of, say_none
 from d2v_ds.data.reader import CorruptSample, Fields, ShardReader, parse_fields, samples_with
 from d2v_ds.data.remote import Missing, expand_url, is_url, settings
+from d2v_ds.data.scan import NoSamples
 from d2v_ds.data.shard import (
     ShardIndex,
     build_index,
@@ -78,7 +79,8 @@ def ensure_index(
     progress: Progress | None = print,
     then: Callable[[ShardIndex], None] | None = None,
 ) -> list[ShardIndex]:
-    """The index of each tar; those absent, or of a tar of another size, are built in parallel.
+    """The index of each tar; those absent, or of a tar of another size, are built in parallel. Without those that hold
+    no sample, as is published of them.
 
     `then` is called with each remote index that was missing, while its tar is cached. BrokenShards, when all others are
     indexed, for those that cannot be.
@@ -97,12 +99,22 @@ def ensure_index(
             lost[0].name,
         )
     found = [next(built) if index is None else index for index in indexes]
+    empty = [i for i, index in enumerate(found) if isinstance(index, NoSamples) and _is_said_empty(paths[i])]
+    if empty and len(empty) < len(paths):
+        what = "%d of %d shards are left out: they hold no sample, as is published of them, %s for one"
+        log.warning(what, len(empty), len(paths), paths[empty[0]])
+        found = [found[i] for i in sorted({*range(len(paths))} - {*empty})]
     broken = [index for index in found if isinstance(index, Exception)]
     if broken and len(paths) == 1:
         raise broken[0]
     if broken:
         raise BrokenShards(list(map(str, broken)), [i for i in found if not isinstance(i, Exception)])
     return found
+
+
+def _is_said_empty(shard: Shard) -> bool:
+    folder = folder_of(shard)
+    return folder is not None and say_none(rows_of(shard, published_in(folder)))
 
 
 class BrokenShards(ValueError):

@@ -16,7 +16,7 @@ import yaml
 
 from d2v_ds.data.cache import RemoteShard
 from d2v_ds.data.energon import roots
-from d2v_ds.data.folders import Folder, LocalFolder
+from d2v_ds.data.folders import Folder, LocalFolder, folder_of
 
 Published = dict[str, list[dict[str, Any]]]
 """name of a shard -> what was published of it: `source`, and some of `samples`, `size`, `sha256`"""
@@ -54,7 +54,13 @@ def published_in(folder: Folder) -> Said:
 def rows_of(shard: Path | RemoteShard, said: Said) -> list[dict[str, Any]]:
     """All that is published of one shard."""
     rows = [row for folder, published in said for row in published.get(folder.name_of(shard), ())]
-    return rows + _img2dataset_rows(shard) if isinstance(shard, Path) else rows
+    folder = folder_of(shard)
+    return rows + (_img2dataset_rows(folder, folder.name_of(shard)) if folder else [])
+
+
+def say_none(rows: list[dict[str, Any]]) -> bool:
+    """Whether all that is published of a shard says that it has no sample, as where all downloads failed."""
+    return bool(rows) and all(row.get("samples") == 0 for row in rows)
 
 
 def differences(rows: Iterable[dict[str, Any]], samples: int) -> list[str]:
@@ -129,12 +135,15 @@ def _is_lines(content: bytes) -> bool:
         return False
 
 
-def _img2dataset_rows(path: Path) -> list[dict[str, Any]]:
-    """Samples whose download succeeded: the others are in the tables, but have no member in the tar."""
-    stats = path.with_name(f"{path.stem}_stats.json")
-    successes = _mapping(stats.read_bytes() if stats.is_file() else None).get("successes")
-    rows = [{"samples": successes, "source": stats.name}] if isinstance(successes, int) else []
-    table = path.with_suffix(".parquet")
+def _img2dataset_rows(folder: Folder, name: str) -> list[dict[str, Any]]:
+    """Samples whose download succeeded: the others are in the tables, but have no member in the tar. Remote tables are
+    not fetched."""
+    stem = name.removesuffix(".tar")
+    successes = _mapping(folder.read(f"{stem}_stats.json")).get("successes")
+    rows = [{"samples": successes, "source": f"{stem}_stats.json"}] if isinstance(successes, int) else []
+    if not isinstance(folder, LocalFolder):
+        return rows
+    table = folder.path / f"{stem}.parquet"
     if table.is_file() and (count := _count_successes(table)) is not None:
         rows.append({"samples": count, "source": table.name})
     return rows

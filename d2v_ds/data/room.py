@@ -112,7 +112,7 @@ def _choose(parts: list[_Part]) -> dict[str, int]:
     }
     limits = {p.share.name: asked[p.share.name] for p in parts if asked.get(p.share.name, p.total) < p.total}
     remote = [part for part in parts if part.remote]
-    if not remote or _at_hand(remote, limits) <= _cache_of(remote).limit:
+    if not remote or (whole := _at_hand(remote, limits)) <= _cache_of(remote).limit:
         return limits
     auto = sorted((p for p in remote if p.source.window == "auto"), key=lambda part: part.fetched)
     cache = _cache_of(remote).limit
@@ -122,7 +122,7 @@ def _choose(parts: list[_Part]) -> dict[str, int]:
     for part in auto:
         limits[part.share.name] = window = max(room, 0) // (2 * len(auto))
         if window < part.two:
-            more = cache - room + 2 * len(auto) * max(p.two for p in auto)
+            more = min(whole, cache - room + 2 * len(auto) * max(p.two for p in auto))
             raise ValueError(
                 f"{part.share.name} has shards of up to {_gb(part.two // 2)}; two windows of two of them, one that is "
                 f"read and one that is fetched, need {_gb(2 * part.two)}, and a cache of {_gb(cache)} has "

@@ -28,6 +28,10 @@ _REMEDY = "fetch or pack the shard again"
 _METADATA = re.compile(r"__[^/]*__($|/)")
 
 
+class NoSamples(ValueError):
+    """A tar that is whole, or all zeros, and holds no sample."""
+
+
 class Scan:
     """The samples of one tar, added member by member in stored order."""
 
@@ -74,7 +78,8 @@ class Scan:
 
 
 def scan_tar(path: Path, name: str | None = None) -> Scan:
-    """Index every sample of a tar, with the crc32 of each member; ValueError unless the tar is whole.
+    """Index every sample of a tar, with the crc32 of each member; ValueError unless the tar is whole, NoSamples if it
+    holds none.
 
     `name` is what messages call it.
     """
@@ -90,7 +95,7 @@ def scan_tar(path: Path, name: str | None = None) -> Scan:
             ) from error
         _check_end(scan, file, end, size)
     if not scan.offsets:
-        raise ValueError(f"{scan.path} holds no sample; a sample is made of files named <key>.<extension>")
+        raise NoSamples(f"{scan.path} holds no sample; a sample is made of files named <key>.<extension>")
     scan.offsets.append(end)
     return scan
 
@@ -161,7 +166,7 @@ def _check_start(path: Path | str, file: BinaryIO, size: int) -> None:
     if size < _BLOCK:
         raise ValueError(f"{path} is truncated at byte {size} before any sample; {_REMEDY}")
     if not any(start):
-        raise ValueError(
+        raise NoSamples(
             f"{path} holds no sample: its first header is empty; {_REMEDY}, or leave it out if it never held any"
         )
 

@@ -20,9 +20,9 @@ from d2v_ds.data.cache import RemoteShard, acquire, drop
 from d2v_ds.data.folders import Folder, folder_of
 from d2v_ds.data.index import Shard
 from d2v_ds.data.parallel import Progress, map_shards
-from d2v_ds.data.published import Said, broken_files, lost_shards, published_in, rows_of
+from d2v_ds.data.published import Said, broken_files, lost_shards, published_in, rows_of, say_none
 from d2v_ds.data.reader import CorruptSample, ShardReader
-from d2v_ds.data.scan import MEMBER, Scan, scan_tar
+from d2v_ds.data.scan import MEMBER, NoSamples, Scan, scan_tar
 from d2v_ds.data.shard import ShardIndex, find_remote_index, read_record, stored_index
 
 SHOWN = 20
@@ -100,7 +100,10 @@ def _verify_file(path: Path, rows: list[dict[str, Any]], report: Report) -> None
         index = _index(path, report)
         scan = scan_tar(path, report.shard)
     except (ValueError, OSError) as error:
-        report.problems.append(str(error))
+        if isinstance(error, NoSamples) and say_none(rows):
+            report.notes.append(f"it holds no sample, as {rows[0]['source']} says")
+        else:
+            report.problems.append(str(error))
         if index is not None:
             _count_lost(index, report)
     else:

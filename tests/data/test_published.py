@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bad_server import Site, serve
 from layouts import clap, energon, img2dataset, timm, wenet, write_tar
 
 from d2v_ds.cli import main
 from d2v_ds.data import Corpus, expand_shards
+from d2v_ds.data.remote import Remote, reading
 from d2v_ds.modalities.source import shard_pattern
 
 
@@ -93,6 +95,32 @@ def test_what_is_not_understood_is_left_alone(tmp_path, caplog, file, content):
     (tmp_path / file).write_text(content)
     assert len(found(tmp_path, "txt")) == 1 and not caplog.records
     assert main(["verify", str(tmp_path)]) == 0
+
+
+def test_a_shard_of_which_all_downloads_failed_is_left_out(tmp_path, caplog):
+    """Here and at a URL; one that is said to hold something, or of which nothing is said, stays an error."""
+    root = img2dataset(tmp_path / "laion", shards=3)
+    tar, stats = root / "00001.tar", root / "00001_stats.json"
+    (root / "00001.parquet").unlink()  # it says 8
+    tar.write_bytes(bytes(10_240))
+    failed = json.dumps({"count": 10, "successes": 0})
+    for said, is_right in ((failed, True), ('{"successes": 8}', False), ("{}", False)):
+        stats.write_text(said)
+        assert [bool(main([command, str(root)])) for command in ("verify", "index")] == [not is_right] * 2
+        with serve(Site({path.name: path.read_bytes() for path in root.iterdir()})) as url:
+            for data in (root, url):
+                caplog.clear()
+                with reading(Remote(cache=str(tmp_path / f"cache{len(said)}"), retry_minutes=0.01)):
+                    names = f"{data}/{{00000..00002}}.tar"
+                    if is_right:
+                        assert len(found(names, "jpg")) == 16
+                        assert "1 of 3 shards are left out" in caplog.text and "00001.tar" in caplog.text
+                    else:
+                        with pytest.raises(ValueError, match="00001.tar holds no sample"):
+                            found(names, "jpg")
+    stats.write_text(failed)
+    with pytest.raises(ValueError, match="00001.tar holds no sample"):
+        found(tar, "jpg")
 
 
 def test_an_index_of_another_tool_that_differs_stays_and_is_not_used(tmp_path, caplog, monkeypatch):

@@ -1,6 +1,7 @@
 """A corpus larger than the cache streams through it, window by window: every sample once, every shard fetched once."""
 
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from bad_server import Site, serve
+from layouts import write_tar
 from test_loader import ByteSamples, as_values, make_plan
 from test_remote import gib, open_corpus, settings_of
 
@@ -226,6 +228,21 @@ def test_local_shards_beside_remote_ones_need_no_room(local, site, tmp_path):
             assert windows_of(sources_of(corpus, window)) == {}
         read = in_order([load(sources_of(corpus), 0, 3)])
     assert read == in_order([load(open_local(local, "whole"), 0, 3)])
+
+
+def test_the_advised_cache_is_what_all_remote_shards_need_where_that_is_less(local, site, tmp_path):
+    """One large local shard beside them: windows of two like it would need 20 MB."""
+    big = tmp_path / "big.tar"
+    write_tar(
+        big, {f"{i}.{name}": bytes(size) for i in range(5) for name, size in (("bin", 10**6), ("cls", 1))}
+    )
+    with serve(site) as url:
+        names = f"{big}::{url}/train-0000{{18..19}}.tar"
+        with pytest.raises(ValueError, match="two windows of two") as refused:
+            sources_of(open_corpus(names, settings_of(tmp_path, cache_gib=room_of(local, 1.5))))
+        advised = float(re.search(r"remote.cache_gib=([\d.]+)", str(refused.value))[1])
+        assert advised < room_of(local, 2) + 0.002
+        assert windows_of(sources_of(open_corpus(names, settings_of(tmp_path, cache_gib=advised)))) == {}
 
 
 def test_small_corpora_stay_whole_and_large_ones_share_the_room(local, site, tmp_path):
