@@ -498,6 +498,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 0 < arguments.seconds < math.inf:
         parser.error(f"--seconds {arguments.seconds:g} must be above 0, and finite")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        parser.error(f"--out {arguments.out} is a file; give a folder")
     try:
         import transformers  # noqa: F401
     except ImportError:

@@ -421,6 +421,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error(f"--jobs {arguments.jobs} must be 1 or more")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        parser.error(f"--out {arguments.out} is a file; give a folder")
     study = Study(arguments)
     results = compare_joint(study) if arguments.study == "joint" else compare_labels(study, arguments.study)
     (study.out / f"{arguments.study}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

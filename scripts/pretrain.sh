@@ -21,9 +21,11 @@ any() { [ -e "$1" ]; } # any GLOB: whether it matches something
 # absent DIR: whether there are no finished shards in it; what a kill left is gone on with.
 absent() { [[ "$1" != *://* ]] && [ ! -f "$1/manifest.json" ] && { [ -d "$1/.prepare" ] || ! any "$1"/*.tar; }; }
 
-# fetched NAME ARGUMENTS: arguments of `d2v prepare`, and MIRROR and CHECKSUMS where they are set.
+# fetched NAME [SOURCE] ARGUMENTS: of `d2v prepare`, and CHECKSUMS and, without a source, MIRROR where they are set.
 fetched() {
-    d2v prepare "$@" ${MIRROR:+--mirror "$MIRROR"} ${CHECKSUMS:+--checksums "$CHECKSUMS"} \
+    local mirror="${MIRROR:-}"
+    [[ "$2" == --* ]] || mirror=""
+    d2v prepare "$@" ${mirror:+--mirror "$mirror"} ${CHECKSUMS:+--checksums "$CHECKSUMS"} \
         ${SHARD_MIB:+--shard-mib "$SHARD_MIB"}
 }
 

@@ -86,7 +86,17 @@ def add_download_arguments(parser: argparse.ArgumentParser, mirror: str) -> None
     )
 
 
+def check_downloads(arguments: argparse.Namespace) -> None:
+    """ValueError for what says how to download, beside a source that is there."""
+    for name in ("downloads", "mirror"):
+        if arguments.source and (value := getattr(arguments, name)):
+            raise ValueError(
+                f"--{name} {value} has no meaning beside {arguments.source}, which is not downloaded; leave one out"
+            )
+
+
 def make_job(arguments: argparse.Namespace) -> Job:
+    check_downloads(arguments)
     source = Path(os.path.abspath(arguments.source.expanduser())) if arguments.source else None
     if source and not source.is_dir():
         raise ValueError(

@@ -19,7 +19,7 @@ from typing import Any
 
 from shards.archives import Member, list_tar, unpack
 from shards.download import Remote, check, fetch_all, read_checksums
-from shards.librispeech import add_download_arguments
+from shards.librispeech import add_download_arguments, check_downloads
 from shards.listing import Found, Part, Skipped, Stored, draw_split, make_key, stamp_file
 from shards.parquet import read_rows
 from shards.prepare import Job, Source
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_job(arguments: argparse.Namespace) -> Job:
+    check_downloads(arguments)
     source = Path(os.path.abspath(arguments.source.expanduser())) if arguments.source else None
     if source and not source.exists():
         raise ValueError(f"{source} is not there; give {ARCHIVE} or a folder, or nothing to download it")

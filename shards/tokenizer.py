@@ -92,6 +92,10 @@ def run_train(arguments: argparse.Namespace) -> int:
     out = arguments.out
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; give the file to write, as {out}/sentencepiece.model")
+    if out.suffix == ".tar":
+        raise ValueError(
+            f"--out {out} is called as a shard; give the file of the model, as sentencepiece.model"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     corpus = Corpus.open(expand_shards(arguments.shards), {"text": arguments.fields})
     drawn = Drawn(corpus, arguments.lines, arguments.seed)

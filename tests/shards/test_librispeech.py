@@ -208,6 +208,14 @@ def test_a_truncated_archive_is_refused(tmp_path, cut):
     assert status == 2 and "get it again" in said, said
 
 
+@pytest.mark.parametrize("corpus", ["librispeech", "openwebtext"])
+def test_how_to_download_beside_a_source_is_refused(tmp_path, corpus):
+    """It was ignored."""
+    for more in (("--mirror", "http://127.0.0.1:9"), ("--downloads", tmp_path)):
+        status, said = prepare(corpus, tmp_path, "--out", tmp_path / "out", *more)
+        assert status == 2 and f"{more[0]} {more[1]} has no meaning beside {tmp_path}" in said
+
+
 def test_a_part_that_is_not_there_is_named(tmp_path):
     status, said = prepare("librispeech", tmp_path, "--out", tmp_path / "out", "--parts", "test-other")
     assert status == 2 and "does not hold test-other" in said

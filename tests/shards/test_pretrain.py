@@ -93,6 +93,15 @@ def test_settings_that_no_run_can_have_are_told_before_data_is_prepared(tmp_path
     assert "NUM_GPUS=2, but this machine has 1" in capsys.readouterr().err
 
 
+def test_a_mirror_goes_with_what_is_downloaded(tmp_path):
+    """Where archives are there, `d2v prepare` refuses one."""
+    settings = {"DATA": "d", "MIRROR": "http://m", "SPEECH": str(tmp_path), "NUM_GPUS": "0"}
+    said = commands(tmp_path, "pretrain_multimodal.sh", IMAGES=str(tmp_path), **settings)
+    prepared = [line.partition("prepare ")[2].split() for line in said if "d2v prepare" in line]
+    mirrored = {words[0]: "--mirror" in words for words in prepared}
+    assert mirrored == {"folder": False, "librispeech": False, "openwebtext": True}
+
+
 def test_a_number_of_gpus_that_is_none_is_told_before_all(tmp_path):
     said = commands(tmp_path, "pretrain_speech.sh", NUM_GPUS="two")
     assert said == ["error: NUM_GPUS=two must be a whole number, 0 for the CPU"]

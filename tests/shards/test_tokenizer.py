@@ -301,6 +301,7 @@ def test_a_json_without_text_is_left_out_and_named(tmp_path, capsys):
         (("--vocabulary", "-3"), "--vocabulary -3 must be from 1"),
         (("--seed", "-1"), "--seed -1 must be from 0"),
         (("--out", "{tmp_path}"), "is a folder; give the file to write"),
+        (("--out", "{tmp_path}/a.tar"), "is called as a shard; give the file of the model"),
     ],
 )
 def test_what_cannot_be_trained_or_written_is_refused_before_anything_is_read(
