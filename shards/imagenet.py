@@ -199,12 +199,18 @@ def read_member(where: Stored) -> bytes:
 
 def find_folders(source: Path) -> Source:
     """A part for each class of train/ and of val/."""
-    wnids = sorted(path.name for path in (source / "train").iterdir() if path.is_dir())
+    wnids = sorted(
+        path.name for path in (source / "train").iterdir() if path.is_dir() and not is_hidden(path)
+    )
+    empty = [wnid for wnid in wnids if not any(walk(source / "train" / wnid, []))]
     parts, notes = [], []
     loose: list[Skipped] = []
     for folder in ("train", "val"):
         files, known = [], set()
         for path in sorted((source / folder).glob("*")):
+            if is_hidden(path):
+                loose.append(Skipped(str(path), "is hidden"))
+                continue
             known.add(path.name) if path.is_dir() else files.append(path)
         if known:  # else all are, and a note says so
             loose += [Skipped(str(path), "lies in no folder of a class") for path in files]
@@ -218,8 +224,14 @@ def find_folders(source: Path) -> Source:
             if place.is_dir():
                 listed = functools.partial(list_folder, folder=place, split=folder, cls=str(number))
                 parts.append(Part(f"{folder}/{wnid}", listed, f"{place} {place.stat().st_mtime_ns} {number}"))
+    if empty:
+        notes.append(f"{len(empty)} classes have no file in {source / 'train'}: {', '.join(empty[:5])}")
     parts.append(Part("loose", functools.partial(give, others=loose), str(loose)))
     return Source(parts=parts, classes=wnids, notes=notes)
+
+
+def is_hidden(path: Path) -> bool:
+    return path.name.startswith(".")
 
 
 def list_folder(scratch: Path, folder: Path, split: str, cls: str) -> Iterator[Found | Skipped]:

@@ -170,9 +170,17 @@ def test_folders_of_classes_are_taken(tmp_path):
     other = write_tree(
         tmp_path / "other", {f"train/{name}/0.jpg": name for name in ("cat", "dog")} | {"train/1.jpg": "x"}
     )
+    hidden, empty = other / "train/.ipynb_checkpoints", other / "train/eel"
+    hidden.mkdir()
+    empty.mkdir()
     status, said = prepare("imagenet", other, "--out", tmp_path / "three")
     assert status == 0 and set(read_shards(tmp_path / "three")) == {"cat/0", "dog/0"}, said
-    assert skipped(tmp_path / "three") == {str(other / "train/1.jpg"): "lies in no folder of a class"}
+    assert json.loads((tmp_path / "three/classes.json").read_text()) == ["cat", "dog", "eel"]
+    assert f"1 classes have no file in {other / 'train'}: eel" in said
+    assert skipped(tmp_path / "three") == {
+        str(hidden): "is hidden",
+        str(other / "train/1.jpg"): "lies in no folder of a class",
+    }
     (source / "val/n09999999").mkdir()
     status, said = prepare("imagenet", source, "--out", tmp_path / "two")
     assert status == 2 and "classes that train/ lacks: n09999999" in said
