@@ -28,6 +28,7 @@ PER_LAYER_NORMS = ("instance", "layer", "batch", "none")
 FINAL_NORMS = ("layer", "instance")
 MAX_TOKENS_IN_TILE = 1024  # x 16 channels; 2048 x 16 spills registers on sm_80 and sm_90
 MAX_CHANNELS_IN_TILE = 4096
+MAX_SAMPLES = 65535  # of a launch: they are the second axis of its grid, where every GPU ends
 
 
 def make_targets_reference(
@@ -349,6 +350,15 @@ def _launch(
 ) -> None:
     """out = mean over layers of norm(layer), whole or at the masked positions."""
     B, T, D = layers[0].shape
+    if B > MAX_SAMPLES:
+        views = len(out) // B
+        for first in range(0, B, MAX_SAMPLES):
+            part = slice(first, first + MAX_SAMPLES)
+            rows = slice(first * views, (first + MAX_SAMPLES) * views)
+            some_padding = None if padding is None else padding[part]
+            some_masked = None if masked_NJ is None else masked_NJ[rows]
+            _launch(tuple(x[part] for x in layers), norm, some_padding, out[rows], some_masked, eps)
+        return
     ranks = None if masked_NJ is None else _rank(masked_NJ, T)
     J, num_views = (0, 0) if masked_NJ is None else (masked_NJ.shape[1], len(masked_NJ) // B)
     block_t, block_d, num_warps = tile_shape(norm, T, D, is_wide(layers))

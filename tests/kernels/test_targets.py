@@ -83,6 +83,10 @@ EDGES = [
     Case(2, 1031, 8, 2, views=2, padding="tail"),
 ]
 CASES = GRID + EDGES
+SLICED = [
+    Case(5, 13, 8, 2, "instance", ("layer", "instance"), padding="tail"),
+    Case(5, 37, 19, 3, skip=1, padding="full", views=3, dtype="bfloat16"),
+]
 
 
 def make_inputs(case: Case, device: str = "cpu") -> tuple[list[Tensor], Tensor | None]:
@@ -282,6 +286,29 @@ def test_kernel_is_not_offered_where_it_would_be_wrong() -> None:
     assert make_targets([x_BTD, transposed_BTD]).shape == (2, 5, 7)
 
 
+def test_samples_may_pass_what_the_second_axis_of_a_grid_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """65,535, on every GPU: several launches, of which each writes its own samples."""
+    pytest.importorskip("triton")
+    grids = []
+
+    class Launch:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **meta: None
+
+    for name in ("_norm_mean_kernel", "_long_instance_mean_kernel"):
+        monkeypatch.setattr(targets, name, Launch())
+    for T in (1, 1031):
+        make_targets_triton([torch.empty(2**16, T, 19, device="meta")])
+    assert grids == [(2, 65535), (2, 1)] * 2
+
+
+@pytest.mark.parametrize("case", SLICED, ids=str)
+def test_samples_in_several_launches_equal_float64(case: Case, interpreted: dict) -> None:
+    """With padding and at the masked positions of views, too."""
+    assert interpreted["sliced"][str(case)] < tolerance(case)
+
+
 def test_tiles_are_smaller_where_elements_are_read_one_by_one() -> None:
     """By channels, by the stride of a token or by where a tensor begins."""
     x_BTD = torch.zeros(2, 5, 64)
@@ -413,4 +440,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     prepare_interpreter()
     errors = {str(case): kernel_error(case, "cpu") for case in CASES}
-    print_results({"errors": errors, "bytes": {name: bytes_of(case) for name, case in COUNTED.items()}})
+    results = {"errors": errors, "bytes": {name: bytes_of(case) for name, case in COUNTED.items()}}
+    targets.MAX_SAMPLES = 2
+    print_results(results | {"sliced": {str(case): kernel_error(case, "cpu") for case in SLICED}})
