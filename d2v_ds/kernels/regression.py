@@ -41,14 +41,13 @@ def regress_reference(
     """The sum in plain torch: the slow truth, and the path of the CPU."""
     _check(pred_NJD, targets_BTD, masked_NJ, counted_NJ, beta)
     pred, target = pred_NJD.float(), gather_targets(targets_BTD, masked_NJ).float()
+    if counted_NJ is not None:  # where, not a product: what does not count may be inf or NaN
+        pred, target = (x.where(counted_NJ[:, :, None], 0.0) for x in (pred, target))
     if beta == 0:
         elements_NJD = F.mse_loss(pred, target, reduction="none")
     else:
         elements_NJD = F.smooth_l1_loss(pred, target, reduction="none", beta=beta)
-    elements_NJD = elements_NJD * scale
-    if counted_NJ is not None:
-        elements_NJD = elements_NJD * counted_NJ[:, :, None]
-    return elements_NJD.sum()
+    return (elements_NJD * scale).sum()
 
 
 def gather_targets(targets_BTD: Tensor, masked_NJ: Tensor) -> Tensor:
