@@ -69,7 +69,7 @@ def _check(
             f"predictions have shape {tuple(pred_NJD.shape)}, and must have {(*rows, dim)} like masked_NJ and the "
             "targets' channels; predict at the masked positions alone"
         )
-    if rows[0] % len(targets_BTD):
+    if len(targets_BTD) == 0 or rows[0] % len(targets_BTD):
         raise ValueError(
             f"{rows[0]} views are no multiple of {len(targets_BTD)} samples; give every sample as many views"
         )

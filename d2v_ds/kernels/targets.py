@@ -106,7 +106,9 @@ def _check(
             f"padding_BT is {padding_BT.dtype} {tuple(padding_BT.shape)}, and must be torch.bool {expected}; "
             "pass it without the extra tokens"
         )
-    if masked_NJ is not None and (masked_NJ.ndim != 2 or len(masked_NJ) == 0 or len(masked_NJ) % shape[0]):
+    if masked_NJ is not None and (
+        masked_NJ.ndim != 2 or 0 in (shape[0], len(masked_NJ)) or len(masked_NJ) % shape[0]
+    ):
         raise ValueError(
             f"masked_NJ has shape {tuple(masked_NJ.shape)}, and its rows must be a multiple of the {shape[0]} "
             "samples; pass the positions of all views, sample by sample"

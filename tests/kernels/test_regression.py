@@ -165,6 +165,7 @@ PRED, TARGETS, MASKED = torch.zeros(4, 2, 3), torch.zeros(2, 5, 3), torch.zeros(
         ),
         ((PRED, TARGETS[..., :2], MASKED, None), 0.0, r"shape \(4, 2, 3\), and must have \(4, 2, 2\)"),
         ((PRED[:3], TARGETS, MASKED[:3], None), 0.0, r"3 views are no multiple of 2 samples; give"),
+        ((PRED, TARGETS[:0], MASKED, None), 0.0, r"4 views are no multiple of 0 samples; give"),
         ((PRED, TARGETS, MASKED, MASKED[:, :1] > 0), 0.0, r"counted_NJ has shape \(4, 1\).*\(4, 2\)"),
         ((PRED, TARGETS, MASKED, None), -1.0, r"beta is -1\.0.*; set loss\.beta"),
     ],

@@ -345,6 +345,10 @@ def test_module_works_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
             {"masked_NJ": torch.zeros(3, 1).long()},
             r"masked_NJ .*\(3, 1\), .* multiple of the 2 samples; pass",
         ),
+        (
+            {"layers": [torch.zeros(0, 5, 7)], "masked_NJ": torch.zeros(2, 1).long()},
+            r"masked_NJ .*\(2, 1\), .* multiple of the 0 samples; pass",
+        ),
     ],
 )
 @pytest.mark.parametrize("make", [make_targets, make_targets_reference, make_targets_triton])
