@@ -164,14 +164,14 @@ def compiled(function: Callable) -> Callable:
 
 
 def bench_targets(bench: Bench) -> None:
-    """The recipes' shapes, whole and at the masked positions of all views (M, masked tokens)."""
+    """The recipes' shapes and norms, whole and at the masked positions of all views (M, masked tokens)."""
     shapes = {
-        "image base": (64, 196, 768, 10, 8, 157),
-        "image large": (64, 196, 1024, 18, 16, 157),
-        "audio base": (16, 999, 768, 8, 8, 500),
-        "text base": (32, 512, 768, 12, 8, 215),
+        "image base": (64, 196, 768, 10, 16, 157, ("layer",)),
+        "image large": (64, 196, 1024, 18, 16, 147, ("layer",)),
+        "audio base": (16, 999, 768, 8, 8, 499, ()),
+        "text base": (32, 512, 768, 12, 8, 246, ()),
     }
-    for name, (B, T, D, K, M, J) in shapes.items():
+    for name, (B, T, D, K, M, J, final) in shapes.items():
         if bench.is_check:
             B, T, D, K, M, J = 2, 7, 8, 2, 2, 3
         layers = [torch.randn(B, T, D, device=bench.device).bfloat16() for _ in range(K)]
@@ -180,20 +180,24 @@ def bench_targets(bench: Bench) -> None:
             count = B * T if positions is None else B * M * J
             row = Row(
                 "targets" if positions is None else "targets, masked",
-                f"{name}: B={B} T={T} D={D} K={K}" + ("" if positions is None else f" M={M} J={J}"),
+                f"{name}: B={B} T={T} D={D} K={K}"
+                + (f" final {final[0]}" if final else "")
+                + ("" if positions is None else f" M={M} J={J}"),
                 relative(
-                    make_targets(layers, masked_NJ=positions),
-                    make_targets_reference(layers, masked_NJ=positions),
+                    make_targets(layers, final=final, masked_NJ=positions),
+                    make_targets_reference(layers, final=final, masked_NJ=positions),
                 ),
-                bytes=2 * K * B * T * D + 4 * count * D,
+                bytes=2 * K * B * T * D + 8 * len(final) * B * T * D + 4 * count * D,
             )
             plain = compiled(make_targets_reference)
             bench.add(
                 row,
-                lambda p=positions, x=layers: make_targets(x, masked_NJ=p),
+                lambda p=positions, x=layers, n=final: make_targets(x, final=n, masked_NJ=p),
                 {
-                    "eager": lambda p=positions, x=layers: make_targets_reference(x, masked_NJ=p),
-                    "compile": lambda p=positions, x=layers, f=plain: f(x, masked_NJ=p),
+                    "eager": lambda p=positions, x=layers, n=final: make_targets_reference(
+                        x, final=n, masked_NJ=p
+                    ),
+                    "compile": lambda p=positions, x=layers, n=final, f=plain: f(x, final=n, masked_NJ=p),
                 },
                 tolerance=1e-5,
             )
@@ -285,7 +289,7 @@ def bench_attention(bench: Bench) -> None:
 
 def bench_regression(bench: Bench) -> None:
     """Forward and backward of the loss at the masked positions, whose gathered targets plain torch copies."""
-    shapes = {"image base": (64, 16, 196, 157, 768), "audio base": (16, 8, 999, 500, 768)}
+    shapes = {"image base": (64, 16, 196, 157, 768), "audio base": (16, 8, 999, 499, 768)}
     for name, (B, M, T, J, D) in shapes.items():
         if bench.is_check:
             B, M, T, J, D = 2, 2, 7, 3, 8

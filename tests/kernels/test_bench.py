@@ -66,6 +66,17 @@ def test_the_gpu_is_kept_busy_until_all_is_launched(monkeypatch: pytest.MonkeyPa
     assert calls == ["sleep", "event", "work", "event", "wait"]
 
 
+def test_targets_are_measured_with_the_norms_of_the_recipes(monkeypatch: pytest.MonkeyPatch):
+    """Images have a final one, which reads and writes the mean again."""
+    script, rows = load_script(), []
+    bench = script.Bench(script.Timer(torch.device("cpu"), 1), True, copy_rate=1.0, matmul_rate=1.0)
+    monkeypatch.setattr(bench, "add", lambda row, *_, **__: rows.append(row))
+    script.bench_targets(bench)
+    elements = 2 * 7 * 8  # B T D of --check; K = 2 inputs of 2 bytes, M * J = 6 masked of 7 tokens
+    final, whole, masked = 8 * elements, (4 + 4) * elements, 4 * elements + 4 * 2 * 6 * 8
+    assert [row.bytes for row in rows] == [final + whole, final + masked] * 2 + [whole, masked] * 2
+
+
 @pytest.mark.parametrize("name", ["bench_attention", "bench_regression"])
 def test_no_gradient_of_a_run_before_counts_as_an_input(name: str, monkeypatch: pytest.MonkeyPatch):
     """Memory beyond the inputs holds the gradients too: none is left when a peak is taken."""
