@@ -153,6 +153,16 @@ def test_a_damaged_picture_is_decoded_or_a_value_error(form: str) -> None:
     assert refused > 50
 
 
+def test_a_picture_of_another_size_than_its_header_says_is_cropped_as_it_is() -> None:
+    """An ICNS says 128 x 128 by the name of its entry; a crop beyond the 16 x 16 that it holds would end a run."""
+    held = encoded(picture(16, 16))
+    entry = b"ic07" + struct.pack(">I", 8 + len(held)) + held
+    image = decode_image(b"icns" + struct.pack(">I", 8 + len(entry)) + entry)
+    samples = ImageSamples(config_of("image", *FIXED["image"]), Path())
+    assert image.size == (16, 16)
+    assert samples.collate([image] * 8, draws_of(*range(8))).source.shape == (8, 3, 32, 32)
+
+
 def test_postscript_is_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its member is called: `{} loop` has no end."""
     from PIL import EpsImagePlugin

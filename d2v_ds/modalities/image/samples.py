@@ -219,7 +219,7 @@ def decode_image(data: bytes, needed: Needed | None = None) -> Image.Image:
             )
         full, factor = image.size, reduce(image, needed) if needed else 1
         image = to_rgb(image)
-        image.reduced = full, factor
+        image.reduced = full if factor > 1 else image.size, factor  # of an ICNS its header may lie
         return image
     except UNDECODABLE as error:
         raise ValueError(f"undecodable image: {reason(error)}") from error
