@@ -210,7 +210,7 @@ class StepLoader:
                                 prefetcher.at(step * self.items_per_step + item)
                             read.append(next(micro_batches))
                         break
-                    except RuntimeError as error:
+                    except (RuntimeError, OSError, EOFError) as error:
                         deaths += 1
                         self._say_death(error, step, deaths)
                         micro_batches = self._start(step)
@@ -249,9 +249,12 @@ class StepLoader:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return started
 
-    def _say_death(self, error: RuntimeError, step: int, deaths: int) -> None:
+    def _say_death(self, error: Exception, step: int, deaths: int) -> None:
         """Raises what is no death of a worker, and DataError after too many."""
-        if "exited unexpectedly" not in str(error):
+        text = str(error)
+        is_lost = isinstance(error, ConnectionError | EOFError)  # the kernel closed what it had open
+        is_lost &= "Original Traceback" not in text  # else it is an error of the worker's
+        if not self.workers or not (is_lost or "exited unexpectedly" in text):
             raise error
         told = f"a data worker of rank {self.rank} was killed while step {step} was read ({error})"
         if deaths > MAX_DEATHS:

@@ -18,6 +18,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_sharer
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -343,6 +344,24 @@ def test_a_worker_that_is_killed_is_replaced_and_the_batches_are_the_same(source
             kill_one()
     assert read == expected
     assert "was killed while step" in caplog.text and "(1 of 3)" in caplog.text
+
+
+def test_a_worker_that_is_lost_while_it_hands_over_a_batch_is_replaced(source, caplog, monkeypatch) -> None:
+    """The kernel closes what it had open before it counts as dead."""
+    plan = make_plan([source])
+    expected = [as_values(step) for step in StepLoader([source], plan, 0, 1, 0, 4)]
+    sharer = resource_sharer._resource_sharer
+    connect = sharer.get_connection
+    lost = [EOFError(), ConnectionResetError(errno.ECONNRESET, "reset by peer")]
+
+    def get_connection(ident: object) -> object:
+        if lost:
+            raise lost.pop()
+        return connect(ident)
+
+    monkeypatch.setattr(sharer, "get_connection", get_connection)
+    assert [as_values(step) for step in StepLoader([source], plan, 0, 1, 0, 4, workers=2)] == expected
+    assert "was killed while step 0" in caplog.text and "(2 of 3)" in caplog.text
 
 
 @pytest.mark.slow
