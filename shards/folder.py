@@ -374,16 +374,17 @@ def read_labels(values: list[Any]) -> tuple[list[str | None], list[str] | None]:
 
     Other numbers and lists are no classes: nothing is given, and the column goes into `json`.
     """
-    known = [value for value in values if value not in (None, "")]
+    values = [None if isinstance(value, str) and not value.strip() else value for value in values]
+    known = [value for value in values if value is not None]
     if not known or any(isinstance(value, (list, dict, float)) for value in known):
         return [], None
     if all(is_number(value, int) for value in known):
-        return [str(int(value)) if value not in (None, "") else None for value in values], None
+        return [None if value is None else str(int(value)) for value in values], None
     if all(is_number(value, float) for value in known):
         return [], None
     classes = sorted({str(value) for value in known})
     number = {name: str(place) for place, name in enumerate(classes)}
-    return [number[str(value)] if value not in (None, "") else None for value in values], classes
+    return [None if value is None else number[str(value)] for value in values], classes
 
 
 def is_number(value: Any, kind: type) -> bool:

@@ -305,6 +305,13 @@ def test_labels_that_are_whole_numbers_stay_and_other_numbers_are_no_classes(tmp
     assert {key: members["cls"] for key, members in names.items()} == {"1": b"0", "2": b"1"}
 
 
+def test_a_label_of_nothing_but_space_is_none(tmp_path):
+    source = write_tree(tmp_path, {"1.jpg": b"1", "2.jpg": b"2", "t.csv": "path,label\n1.jpg,7\n2.jpg,  \n"})
+    samples = fold(source / "t.csv", tmp_path / "out")
+    assert samples["1"] == {"jpg": b"1", "cls": b"7"} and samples["2"] == {"jpg": b"2"}
+    assert not (tmp_path / "out" / "classes.json").exists()
+
+
 def test_rows_without_their_file_and_rows_that_come_twice_are_listed(tmp_path):
     source = write_tree(tmp_path / "src", {"1.jpg": b"1"})
     (source / "t.csv").write_text("path\n1.jpg\nnone.jpg\n1.jpg\nx.xml\n")
