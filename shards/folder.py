@@ -272,6 +272,11 @@ def find_rows(job: Job, source: Path, arguments: argparse.Namespace) -> Source:
         )
     labels, classes = read_labels([row.get(label) for row in rows] if label else [])
     taken = {path, text, "split", "key", *([label] if labels else [])}
+    stems: dict[str, set[str]] = {}
+    for row in rows:
+        file = str(row.get(path) or "")
+        if MODALITY_OF.get(ending_of(file)) in arguments.modality:
+            stems.setdefault(os.path.splitext(file)[0], set()).add(file)
     others: list[Skipped] = []
     items = []
     for number, row in enumerate(rows):
@@ -301,7 +306,10 @@ def find_rows(job: Job, source: Path, arguments: argparse.Namespace) -> Source:
             continue
         given = row.get("key")
         if given in (None, ""):
-            given = os.path.splitext(str(row[path]))[0] if file else f"{number:09d}"
+            given = f"{number:09d}"
+            if file:
+                stem = os.path.splitext(str(row[path]))[0]
+                given = stem if len(stems.get(stem, ())) < 2 else str(row[path])  # two files of one name
         split = str(row["split"]) if row.get("split") not in (None, "") else None
         is_taken = file and MODALITY_OF.get(ending_of(file)) in arguments.modality
         items.append(Item(make_key(str(given)), [(ending_of(file), file)] if is_taken else [], texts, split))

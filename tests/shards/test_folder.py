@@ -312,6 +312,13 @@ def test_a_label_of_nothing_but_space_is_none(tmp_path):
     assert not (tmp_path / "out" / "classes.json").exists()
 
 
+def test_two_files_of_one_name_in_a_table_are_two_samples(tmp_path):
+    files = {"a.jpg": b"1", "a.png": b"2", "b.jpg": b"3", "t.csv": "path\na.jpg\na.png\nb.jpg\nb.jpg\n"}
+    samples = fold(write_tree(tmp_path, files) / "t.csv", tmp_path / "out")
+    assert samples == {"a%2Ejpg": {"jpg": b"1"}, "a%2Epng": {"png": b"2"}, "b": {"jpg": b"3"}}
+    assert list(skipped(tmp_path / "out").values()) == ["key b is there already"]
+
+
 def test_rows_without_their_file_and_rows_that_come_twice_are_listed(tmp_path):
     source = write_tree(tmp_path / "src", {"1.jpg": b"1"})
     (source / "t.csv").write_text("path\n1.jpg\nnone.jpg\n1.jpg\nx.xml\n")
