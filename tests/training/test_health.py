@@ -98,6 +98,14 @@ def test_few_tokens_have_no_rank_and_are_not_called_low_rank() -> None:
     assert judge(values).verdict == "healthy"
 
 
+def test_targets_of_few_tokens_have_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 of four samples, as of image_tiny with a batch of 4, where a run that learned read 7.5 and was called sick."""
+    monkeypatch.setattr(health, "SKETCH_TOKENS", 4 * TOKENS)
+    values = measure(pad(*micro_batch("rank-4", samples=4), [16] * 4))
+    assert math.isnan(values["rank"]) and values["local_rank"] > 8
+    assert measure(pad(*micro_batch("healthy", samples=4), [25] * 4))["rank"] > 8
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
 def test_predictions_that_explode_are_divergence(value: float) -> None:
     batch, output = micro_batch("healthy")
