@@ -500,6 +500,8 @@ def main() -> None:
         parser.error(f"--seconds {arguments.seconds:g} must be above 0, and finite")
     if arguments.out.exists() and not arguments.out.is_dir():
         parser.error(f"--out {arguments.out} is a file; give a folder")
+    if 0 in arguments.seeds:
+        parser.error("--seeds 0 is the seed that chooses the rates; give others")
     try:
         import transformers  # noqa: F401
     except ImportError:
