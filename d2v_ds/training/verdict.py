@@ -1,7 +1,7 @@
 """What the numbers of health mean, in a word: is this modality learning, or how does it fail?
 
-Thresholds are set by runs (docs/health.md): every shipped tiny recipe stays on the healthy side of each of them from
-its first step to its last, and runs that are known to fail do not.
+Thresholds are set by runs (docs/health.md): every shipped tiny recipe of 2.0 stays on the healthy side of each of them
+from its first step to its last, and runs that are known to fail do not.
 """
 
 from __future__ import annotations
