@@ -20,13 +20,14 @@ from d2v_ds.convert import beit, fairseq, fairseq_roberta, fairseq_v1, fairseq_v
 from d2v_ds.convert.fairseq_defaults import complete, resolve
 from d2v_ds.convert.fairseq_training import our_training
 from d2v_ds.convert.fairseq_tuned import TUNED, TUNED_IN_PLACE, Tuned
-from d2v_ds.convert.fairseq_write import is_encoder_only, write_fairseq
+from d2v_ds.convert.fairseq_write import DICTIONARY, is_encoder_only, write_fairseq
 from d2v_ds.convert.fit import check_sizes, fit, listed
 from d2v_ds.convert.names import Place, fuse
 from d2v_ds.convert.standin import shown
 from d2v_ds.convert.stored import Stored
 from d2v_ds.convert.unpickle import plain, read_torch_file
 from d2v_ds.modalities import MODALITIES
+from d2v_ds.modalities.audio.vocabulary import BLANK, SPECIAL, WORD
 from d2v_ds.modalities.image.net import sincos_positions
 from d2v_ds.modalities.text.samples import PAD
 from d2v_ds.model.data2vec import TEACHER
@@ -58,7 +59,7 @@ def read_fairseq(path: str | Path) -> Stored:
     if (path.parent / "sentencepiece.model").is_file():
         stored.files = path.parent
     if stored.head is not None and stored.head.kind == "ctc":
-        stored.head.labels = letters(path.parent / "dict.ltr.txt", stored.head.outputs)
+        stored.head.labels = letters(path.parent / DICTIONARY, stored.head.outputs)
     return stored
 
 
@@ -67,7 +68,10 @@ def letters(path: Path, outputs: int) -> tuple[str, ...] | None:
     if not path.is_file():
         return None
     words = tuple(line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    labels = ("<s>", "<pad>", "</s>", "<unk>", *words)
+    first, *others = SPECIAL
+    if any(WORD in word for word in words):  # pieces, as a run of ours has them
+        first = BLANK
+    labels = (first, *others, *words)
     return labels if len(labels) == outputs else None
 
 

@@ -5,6 +5,7 @@ Plain containers and tensors, so `torch.load(weights_only=True)` opens it. v1 im
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,20 @@ from d2v_ds.convert.fairseq_training import their_training
 from d2v_ds.convert.fairseq_tuned import TUNED, TUNED_IN_PLACE, Tuned
 from d2v_ds.convert.names import Names
 from d2v_ds.convert.stored import Stored
+from d2v_ds.modalities.audio.vocabulary import MARK
 from d2v_ds.modalities.image.net import sincos_positions
 from d2v_ds.model.data2vec import TEACHER
 from d2v_ds.model.heads import HEAD
 from d2v_ds.recipe import Recipe
 
 FILE = "checkpoint.pt"
+DICTIONARY = "dict.ltr.txt"
+
+log = logging.getLogger(__name__)
 
 
 def write_fairseq(stored: Stored, out: str | Path) -> Path:
-    """Writes `checkpoint.pt` into the folder `out` and returns its path.
+    """Writes `checkpoint.pt` into the folder `out`, and `dict.ltr.txt` of what CTC writes, and returns its path.
 
     Raises ValueError for what fairseq's models cannot hold, before anything is written.
     """
@@ -45,7 +50,21 @@ def write_fairseq(stored: Stored, out: str | Path) -> Path:
     temporary = out / f".tmp-{FILE}"
     torch.save(checkpoint, temporary)
     temporary.replace(out / FILE)
+    if stored.head is not None and stored.head.kind == "ctc" and stored.head.labels:
+        write_dictionary(stored.head.labels, out / DICTIONARY)
     return out / FILE
+
+
+def write_dictionary(symbols: tuple[str, ...], path: Path) -> None:
+    """A symbol and a count a line, but for the first four, which every dictionary of fairseq has: no text."""
+    if not all(MARK.fullmatch(symbol) for symbol in symbols[:4]):
+        log.warning(
+            "what the CTC head writes is not in the export: of fairseq's dictionaries the first four symbols are "
+            "<s>, <pad>, </s> and <unk>, here they are %s; format safetensors keeps them",
+            ", ".join(symbols[:4]),
+        )
+        return
+    path.write_text("".join(f"{symbol} 1\n" for symbol in symbols[4:]), encoding="utf-8")
 
 
 def to_dict(stored: Stored) -> dict[str, Any]:

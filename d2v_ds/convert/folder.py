@@ -28,7 +28,7 @@ FILES = {
             "added_tokens.json",
         ),
     ),
-    "fairseq": ("checkpoint.pt", "README.md"),
+    "fairseq": ("checkpoint.pt", "dict.ltr.txt", "README.md"),
     "onnx": ("model.onnx", "model.onnx.data", "config.json", "README.md"),
 }
 """What each format may write, but for tokenizers."""

@@ -31,7 +31,7 @@ from torch import Tensor
 
 import d2v_ds
 from d2v_ds.cli import main
-from d2v_ds.convert.fairseq_file import from_dict, read_fairseq
+from d2v_ds.convert.fairseq_file import from_dict, read_fairseq, write_fairseq
 from d2v_ds.convert.stored import Stored
 from d2v_ds.model.data2vec import TEACHER
 
@@ -363,6 +363,28 @@ def test_ctc_letters_come_from_the_dictionary_beside_the_file(tmp_path: Path) ->
     assert read_fairseq(path).head.labels == ("<s>", "<pad>", "</s>", "<unk>", "|", "E", "T", "A", "O")
     (tmp_path / "dict.ltr.txt").write_text("| 94802\n")
     assert read_fairseq(path).head.labels is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "again"),
+    [
+        (("<s>", "<pad>", "</s>", "<unk>", "|", "E", "T", "A", "\u00d6"), None),
+        (
+            ("<blank>", "<unk>", "<s>", "</s>", "\u2581a", "b", "<0x41>", "c", "d"),
+            ("<blank>", "<pad>", "</s>", "<unk>"),
+        ),
+        (("<s>", "|", *"abcdefg"), ()),
+    ],
+)
+def test_ctc_symbols_are_written_as_a_dictionary(tmp_path: Path, caplog, labels, again) -> None:
+    """Letters, and pieces of sentencepiece, whose first four are no text either; others cannot be, which is said."""
+    stored = read_fairseq(save(tuned("audio_cb4"), tmp_path))
+    stored.head.labels = labels
+    read = read_fairseq(write_fairseq(stored, tmp_path / "out")).head.labels
+    if again == ():
+        assert read is None and "here they are <s>, |, a, b; format safetensors" in caplog.text
+    else:
+        assert read == (labels if again is None else (*again, *labels[4:])) and not caplog.records
 
 
 def test_masks_of_fine_tuning_do_not_stand_in_the_way() -> None:
