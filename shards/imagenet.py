@@ -202,7 +202,7 @@ def find_folders(source: Path) -> Source:
     wnids = sorted(
         path.name for path in (source / "train").iterdir() if path.is_dir() and not is_hidden(path)
     )
-    empty = [wnid for wnid in wnids if not any(walk(source / "train" / wnid, []))]
+    empty = [wnid for wnid in wnids if not holds_something(source / "train" / wnid)]
     parts, notes = [], []
     loose: list[Skipped] = []
     for folder in ("train", "val"):
@@ -232,6 +232,15 @@ def find_folders(source: Path) -> Source:
 
 def is_hidden(path: Path) -> bool:
     return path.name.startswith(".")
+
+
+def holds_something(folder: Path) -> bool:
+    """Without listing all of it; nothing may be read of a folder without permission."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(True for _ in entries)
+    except OSError:
+        return False
 
 
 def list_folder(scratch: Path, folder: Path, split: str, cls: str) -> Iterator[Found | Skipped]:
